@@ -1,0 +1,19 @@
+"""The VAE of the tiny model, from nothing on the toy world: ten minutes on two cores."""
+
+train = "vae"
+model = "tiny"
+out_dir = "runs/tiny_vae"
+toy = "data/toy"
+width = 64
+height = 64
+max_steps = 3000
+batch_size = 16
+lr = 2e-3
+warmup = 50
+cooldown = 1500
+betas = (0.9, 0.99)
+weight_decay = 0.01
+ema = 0.999
+kl_weight = 1e-4
+dtype = "bfloat16"
+log_every = 50

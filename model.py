@@ -1,0 +1,590 @@
+"""The three networks of Stable Diffusion: UNet, AutoencoderKL, TextEncoder. Nothing about files.
+
+Every parameter has the name it has in the original single-file checkpoints, so a published file loads by name. What ETC
+adds to the UNet is two lines of `UNet.forward`: the mixed embedding on the latent and the FPS embedding on the timestep.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from embed import mixed_embedding, projection, timestep_embedding
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations. Presets stand at the end of the file.
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a UNet. `head_width` fixes the width of an attention head (SD 2), `num_heads` their number (SD 1)."""
+
+    channels: int = 320  # width of the first level
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level, in units of `channels`; each level halves the sides
+    num_res_blocks: int = 2  # a level (the decoder has one more)
+    attention_levels: tuple[int, ...] = (0, 1, 2)  # which levels have attention; the middle always has
+    context_dim: int = 1024  # width of the text tower's output
+    head_width: int | None = 64
+    num_heads: int | None = None
+    linear_projection: bool = True  # SD 2: linear layers around the attention; SD 1: 1x1 convolutions, the same sums
+    norm_groups: int = 32
+    latent_channels: int = 4
+    mixed_embedding: bool = True  # the two additions of ETC, each off for ablations
+    fps_embedding: bool = True
+
+    @property
+    def downsampling(self) -> int:
+        """Latent sides must be divisible by this."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def heads(self, channels: int) -> int:
+        return self.num_heads or channels // self.head_width
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2  # a level (the decoder has one more)
+    latent_channels: int = 4
+    norm_groups: int = 32
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a latent pixel, along each side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    skip_last: int = 1  # layers at the end that are there but not used: SD 2 reads the penultimate one
+    quick_gelu: bool = False  # SD 1
+    projection: int = 1024  # width of `text_projection`, in SD 2's files though SD never uses it; 0: none
+    pad_id: int = 0  # SD 1: 49407
+    vocab: int = 49408
+    length: int = 77
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Residual block, down- and upsampling
+
+
+def initialize(net: nn.Module):
+    """Fresh weights: every layer keeps the variance of what passes through it, every residual branch starts at zero.
+
+    PyTorch's default shrinks a signal by sqrt(3) a layer; through the twenty layers between the latent and the pixels
+    of a VAE nothing is left of it, and a flat colour takes thousands of steps to learn instead of a hundred.
+    """
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+    for m in net.modules():
+        if isinstance(m, ResBlock):
+            zero(m.out_layers[3])
+        elif isinstance(m, (SpatialTransformer, VAEAttention)):
+            zero(m.proj_out)
+        elif isinstance(m, VAEResBlock):
+            zero(m.conv2)
+
+
+def zero(layer: nn.Module):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+class ResBlock(nn.Module):
+    """x (B, in, H, W), emb (B, emb_dim) -> (B, out, H, W)."""
+
+    def __init__(self, in_channels: int, emb_dim: int, out_channels: int, groups: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # the original has dropout here; it keeps the convolution's number in the name
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers(x)
+        with torch.autocast(x.device.type, enabled=False):  # E.2: per-block embedding layers stay in fp32
+            e = self.emb_layers(emb)
+        h = self.out_layers(h + e[:, :, None, None].to(h.dtype))
+        return self.skip_connection(x) + h
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention (Equations 7-8). Over a grid image, self-attention sees every frame: this is the whole temporal model.
+
+
+def split_heads(x, heads: int):
+    """(B, L, heads*d) -> (B, heads, L, d), without a copy."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Softmax(Q K^T / sqrt(d)) V. Queries from x (B, L, C); keys and values from `encode`."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def encode(self, context):
+        """context (B, S, D) -> its keys and values, each (B, heads, S, d)."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+
+    def forward(self, x, kv):
+        k, v = kv
+        q = split_heads(self.to_q(x), self.heads)
+        # the fused kernel scales q before the product and keeps the softmax in fp32: SD 2.1 overflows fp16 otherwise
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, d)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        # Identity again where the original has dropout
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention over all pixels, cross-attention to the text, feed-forward: (B, L, C) -> (B, L, C)."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int):
+        super().__init__()
+        self.attn1 = Attention(channels, channels, heads)
+        self.attn2 = Attention(channels, context_dim, heads)
+        self.ff = FeedForward(channels)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, x, kv):
+        h = self.norm1(x)
+        x = x + self.attn1(h, self.attn1.encode(h))
+        x = x + self.attn2(self.norm2(x), kv)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of an image: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, cfg: UNetConfig):
+        super().__init__()
+
+        def project():
+            return nn.Linear(channels, channels) if cfg.linear_projection else nn.Conv2d(channels, channels, 1)
+
+        self.norm = nn.GroupNorm(cfg.norm_groups, channels, eps=1e-6)
+        self.proj_in = project()
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, cfg.context_dim, cfg.heads(channels))])
+        self.proj_out = project()
+
+    def forward(self, x, kv):
+        B, C, H, W = x.shape
+        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
+        h = per_pixel(self.proj_in, h)
+        h = self.transformer_blocks[0](h, kv)
+        h = per_pixel(self.proj_out, h)
+        return x + h.reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+def per_pixel(layer, x):
+    """A linear layer, or the 1x1 convolution with the same weights, on x (B, L, C)."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UNet
+
+
+class Block(nn.Sequential):
+    """The layers between two skip connections: each takes what it needs of (h, emb, kv)."""
+
+    def forward(self, h, emb, kv):
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, kv)
+            else:
+                h = layer(h)
+        return h
+
+
+class UNet(nn.Module):
+    """Stable Diffusion's denoiser, and with `fps` and `grid` given, ETC's.
+
+    Raises ValueError on latent sides that the UNet cannot halve often enough.
+    """
+
+    def __init__(self, cfg: UNetConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.checkpointing = False  # recompute each block's activations in backward instead of keeping them
+        emb_dim = 4 * cfg.channels
+        self.time_embed = nn.Sequential(nn.Linear(cfg.channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        if cfg.fps_embedding:
+            self.time_proj, self.fps_proj = projection(emb_dim), projection(emb_dim)
+
+        def level(in_channels, out_channels, attention):
+            layers = [ResBlock(in_channels, emb_dim, out_channels, cfg.norm_groups)]
+            return layers + ([SpatialTransformer(out_channels, cfg)] if attention else [])
+
+        widths = [cfg.channels * m for m in cfg.channel_mult]
+        c, last = widths[0], len(widths) - 1
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(cfg.latent_channels, c, 3, padding=1))])
+        skips = [c]
+        for i, width in enumerate(widths):
+            for _ in range(cfg.num_res_blocks):
+                self.input_blocks.append(Block(*level(c, width, i in cfg.attention_levels)))
+                c = width
+                skips.append(c)
+            if i < last:
+                self.input_blocks.append(Block(Downsample(c)))
+                skips.append(c)
+
+        middle_end = ResBlock(c, emb_dim, c, cfg.norm_groups)
+        self.middle_block = Block(*level(c, c, attention=True), middle_end)
+
+        self.output_blocks = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            for j in range(cfg.num_res_blocks + 1):
+                layers = level(c + skips.pop(), width, i in cfg.attention_levels)
+                if i > 0 and j == cfg.num_res_blocks:
+                    layers.append(Upsample(width))
+                self.output_blocks.append(Block(*layers))
+                c = width
+        self.out = nn.Sequential(
+            nn.GroupNorm(cfg.norm_groups, c), nn.SiLU(), nn.Conv2d(c, cfg.latent_channels, 3, padding=1)
+        )
+        initialize(self)
+        zero(self.out[2])
+        if cfg.fps_embedding:  # the branch adds nothing to Stable Diffusion before it is trained
+            zero(self.time_proj[-1])
+            zero(self.fps_proj[-1])
+
+    def blocks(self):
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
+
+    def embedding(self, t, fps=None):
+        """What the residual blocks receive (4.2), t (B,), fps (B,) or None -> (B, 4*channels).
+
+        emb = e_t + time_proj(e_t) + fps_proj(e_f), both through the same sinusoid and the same `time_embed`.
+        """
+
+        def embed(value):
+            return self.time_embed(timestep_embedding(value, self.cfg.channels).to(self.time_embed[0].weight.dtype))
+
+        with torch.autocast(t.device.type, enabled=False):  # E.2: the embedding network stays in fp32
+            emb = embed(t)
+            if fps is None or not self.cfg.fps_embedding:
+                return emb
+            return emb + self.time_proj(emb) + self.fps_proj(embed(fps))
+
+    def encode_context(self, context):
+        """Keys and values of the text for every block, context (B, L, D) -> a list to pass to `forward` instead of it.
+
+        The text does not change while a video is sampled, so this need not be done at every step.
+        """
+        transformers = [m for block in self.blocks() for m in block if isinstance(m, SpatialTransformer)]
+        return [m.transformer_blocks[0].attn2.encode(context) for m in transformers]
+
+    def forward(self, x, t, context, fps=None, grid=None):
+        """Predict ε (or v) -> (B, 4, H, W).
+
+        x        (B, 4, H, W) noisy latent; with `grid`, the frames folded into one image
+        t        (B,) timestep, 0..999
+        context  (B, L, D) output of the text tower, or what `encode_context` made of it
+        fps      (B,) frame rate, 0..120; None: plain SD
+        grid     (rows, cols); None: plain SD
+        """
+        B, C, H, W = x.shape
+        factor = self.cfg.downsampling
+        if H % factor or W % factor:
+            raise ValueError(f"the UNet needs latent sides divisible by {factor}, not {H} x {W} (height x width)")
+        emb = self.embedding(t, fps)
+        if grid is not None and self.cfg.mixed_embedding:
+            rows, cols = grid
+            # 4.1.2: "the ME must be added to the noise before any attention or convolutional modules"; fp32
+            x = x.float() + mixed_embedding(rows, cols, H // rows, W // cols, C).to(x.device)
+        if isinstance(context, torch.Tensor):
+            context = self.encode_context(context)
+
+        kvs = iter(context)
+        h = x.to(self.out[2].weight.dtype)
+        skips = []
+        for block in self.input_blocks:
+            h = self.run(block, h, emb, kvs)
+            skips.append(h)
+        h = self.run(self.middle_block, h, emb, kvs)
+        for block in self.output_blocks:
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, kvs)
+        return self.out(h)
+
+    def run(self, block, h, emb, kvs):
+        kv = next(kvs) if any(isinstance(layer, SpatialTransformer) for layer in block) else None
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, h, emb, kv, use_reentrant=False)
+        return block(h, emb, kv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VAE
+
+
+class VAEResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class VAEAttention(nn.Module):
+    """One head over all pixels."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
+        q, k, v = (per_pixel(layer, h)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, H*W, C)
+        h = per_pixel(self.proj_out, F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + h.reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class VAEDownsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as the original
+
+
+class VAEMiddle(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = VAEResBlock(channels, channels, groups)
+        self.attn_1 = VAEAttention(channels, groups)
+        self.block_2 = VAEResBlock(channels, channels, groups)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class VAELevel(nn.Module):
+    """Residual blocks, then the resampling under the name that the original gives it."""
+
+    def __init__(self, in_channels: int, out_channels: int, count: int, groups: int, **resample):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * count
+        self.block = nn.ModuleList(VAEResBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+        for name, module in resample.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.channel_mult]
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (a, b) in enumerate(zip([widths[0]] + widths, widths)):
+            resample = {"downsample": VAEDownsample(b)} if i < len(widths) - 1 else {}
+            self.down.append(VAELevel(a, b, cfg.num_res_blocks, cfg.norm_groups, **resample))
+        self.mid = VAEMiddle(widths[-1], cfg.norm_groups)
+        self.norm_out = nn.GroupNorm(cfg.norm_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.channel_mult]
+        self.conv_in = nn.Conv2d(cfg.latent_channels, widths[-1], 3, padding=1)
+        self.mid = VAEMiddle(widths[-1], cfg.norm_groups)
+        levels = []
+        for i in range(len(widths)):  # level 0 is the finest, and the last to run
+            before = widths[min(i + 1, len(widths) - 1)]
+            resample = {"upsample": Upsample(widths[i])} if i > 0 else {}
+            levels.append(VAELevel(before, widths[i], cfg.num_res_blocks + 1, cfg.norm_groups, **resample))
+        self.up = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(cfg.norm_groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        z = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            z = level(z)
+        return self.conv_out(F.silu(self.norm_out(z)))
+
+
+class AutoencoderKL(nn.Module):
+    """Images <-> latents, before the latent scale (that one belongs to the diffusion, and stands in the settings)."""
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        c = cfg.latent_channels
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)
+        initialize(self)
+        # almost no noise in the latent at first, so that the decoder has something to listen to
+        nn.init.zeros_(self.quant_conv.weight[c:])
+        nn.init.constant_(self.quant_conv.bias[c:], -6)
+
+    def encode(self, images):
+        """images (N, 3, H, W) in -1..1 -> mean and log-variance, each (N, 4, H/8, W/8)."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latents):
+        """latents (N, 4, h, w) -> images (N, 3, 8h, 8w), about -1..1."""
+        return self.decoder(self.post_quant_conv(latents))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text tower: open_clip's own, without the image tower
+
+
+class TextEncoder(nn.Module):
+    """Prompts -> context. `model` carries open_clip's names, which SD 2's files have under cond_stage_model.model."""
+
+    def __init__(self, cfg: TextConfig):
+        super().__init__()
+        from open_clip.transformer import QuickGELU, TextTransformer  # seconds to import, and only needed here
+
+        self.cfg = cfg
+        self.model = TextTransformer(
+            context_length=cfg.length,
+            vocab_size=cfg.vocab,
+            width=cfg.width,
+            heads=cfg.heads,
+            layers=cfg.layers,
+            output_dim=cfg.projection or None,
+            act_layer=QuickGELU if cfg.quick_gelu else nn.GELU,
+        )
+
+    def tokenize(self, prompts: list[str]):
+        """Token ids (B, 77), and for each prompt the text that did not fit ("" when all did)."""
+        from open_clip.tokenizer import _tokenizer as bpe
+
+        ids = torch.full((len(prompts), self.cfg.length), self.cfg.pad_id, dtype=torch.long)
+        cut = []
+        for row, prompt in zip(ids, prompts):
+            words, room = bpe.encode(prompt), self.cfg.length - 2
+            tokens = [bpe.sot_token_id, *words[:room], bpe.eot_token_id]
+            row[: len(tokens)] = torch.tensor(tokens)
+            cut.append(bpe.decode(words[room:]).strip())
+        return ids, cut
+
+    def forward(self, tokens):
+        """tokens (B, 77) -> context (B, 77, width): the chosen layer, then the final norm."""
+        m = self.model
+        x = m.token_embedding(tokens) + m.positional_embedding
+        mask = m.attn_mask.to(x.dtype)
+        for block in m.transformer.resblocks[: self.cfg.layers - self.cfg.skip_last]:
+            x = block(x, attn_mask=mask)
+        return m.ln_final(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets: (UNet, VAE, text tower)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    unet: UNetConfig
+    vae: VAEConfig
+    text: TextConfig
+
+
+SD21 = ModelConfig(UNetConfig(), VAEConfig(), TextConfig())
+SD15 = ModelConfig(
+    UNetConfig(context_dim=768, head_width=None, num_heads=8, linear_projection=False),
+    VAEConfig(),
+    TextConfig(width=768, layers=12, heads=12, skip_last=0, quick_gelu=True, projection=0, pad_id=49407),
+)
+# The model that ships: the same classes, three levels instead of four, trained from nothing in an hour on two cores.
+TINY = ModelConfig(
+    UNetConfig(
+        channels=64, channel_mult=(1, 2, 3), num_res_blocks=1, attention_levels=(1, 2), context_dim=64, head_width=64,
+        norm_groups=8,
+    ),
+    # one group: a norm over few channels each would take the very colour out of a flat background
+    VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, norm_groups=1),
+    TextConfig(width=64, layers=2, heads=2, skip_last=0, projection=0),
+)

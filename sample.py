@@ -1,0 +1,255 @@
+"""From a prompt to a video: the noise schedule, the samplers, generate(), the file, and the command line.
+
+    python sample.py "a red circle moving right"
+"""
+
+import json
+import os
+import re
+import sys
+import warnings
+
+import av
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from checkpoint import Model, Parser, Settings, UserError, command_line, load
+from grid import fold, grid_shape, unfold
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise schedule
+
+
+class NoiseSchedule:
+    """q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, 1 - ᾱ_t), with Stable Diffusion's betas: linear in sqrt(beta).
+
+    `zero_snr` shifts and scales sqrt(ᾱ) so that the last timestep is pure noise (Lin et al. 2023, Algorithm 1): only
+    then does a sampler, which starts from pure noise, start from what the model was trained on.
+    """
+
+    timesteps = 1000
+
+    def __init__(self, settings: Settings):
+        if settings.zero_snr and settings.prediction != "v":
+            raise UserError('zero_snr needs prediction "v": at pure noise, ε says nothing of x_0')
+        if settings.prediction not in ("epsilon", "v") or settings.spacing not in ("leading", "trailing"):
+            raise UserError(f'prediction is "epsilon" or "v", spacing "leading" or "trailing", not {settings}')
+        betas = torch.linspace(settings.beta_start**0.5, settings.beta_end**0.5, self.timesteps, dtype=torch.float64) ** 2
+        signal = (1 - betas).cumprod(0).sqrt()  # sqrt(ᾱ)
+        if settings.zero_snr:
+            signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+        self.alphas_cumprod = (signal**2).float()  # (1000,)
+        self.prediction, self.spacing = settings.prediction, settings.spacing
+
+    def signal_and_noise(self, t, like):
+        """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t) for t (B,), shaped to multiply `like` (B, ...)."""
+        a = self.alphas_cumprod.to(like.device)[t].view(-1, *[1] * (like.ndim - 1))
+        return a.sqrt(), (1 - a).sqrt()
+
+    def add_noise(self, x0, eps, t):
+        """x_t for clean x0, noise eps and timesteps t (B,)."""
+        signal, noise = self.signal_and_noise(t, x0)
+        return signal * x0 + noise * eps
+
+    def target(self, x0, eps, t):
+        """What the UNet is trained to predict: ε, or v = sqrt(ᾱ) ε - sqrt(1 - ᾱ) x_0."""
+        if self.prediction == "epsilon":
+            return eps
+        signal, noise = self.signal_and_noise(t, x0)
+        return signal * eps - noise * x0
+
+    def x0_and_eps(self, x, output, t):
+        """Turn the UNet's output at x_t around: the (x_0, ε) that it stands for."""
+        signal, noise = self.signal_and_noise(t, x)
+        if self.prediction == "epsilon":
+            return (x - noise * output) / signal, output
+        return signal * x - noise * output, signal * output + noise * x
+
+    def sampling_timesteps(self, steps: int) -> list[int]:
+        """The timesteps of a sampler with `steps` steps, noisiest first.
+
+        "leading" with offset 1 is what published Stable Diffusion pipelines do; it never visits the last timestep.
+        "trailing" starts at the last one, as a zero-SNR schedule needs. Raises UserError outside 1..1000 steps.
+        """
+        if not 1 <= steps <= self.timesteps:
+            raise UserError(f"--steps must be in 1..{self.timesteps}, not {steps}")
+        if self.spacing == "leading":
+            return [min(i * (self.timesteps // steps) + 1, self.timesteps - 1) for i in reversed(range(steps))]
+        return [round(self.timesteps * (i + 1) / steps) - 1 for i in reversed(range(steps))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers: one step from x_t to the x of the next, less noisy timestep
+
+
+def ddim_step(x, x0, eps, a, a_next, eta: float, noise):
+    """DDIM (Song et al. 2021, Equation 12). a, a_next: ᾱ now and next; eta 0 is deterministic, 1 is ancestral."""
+    sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
+    x = a_next.sqrt() * x0 + (1 - a_next - sigma**2).clamp(min=0).sqrt() * eps
+    return x + sigma * noise() if eta > 0 else x
+
+
+def ddpm_step(x, x0, eps, a, a_next, eta: float, noise):
+    """Ancestral DDPM on the respaced schedule (Ho et al. 2020, Equations 6-7), variance `fixed_small`."""
+    alpha = a / a_next
+    mean = (a_next.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - a_next) * x) / (1 - a)
+    variance = (1 - a_next) / (1 - a) * (1 - alpha)
+    return mean + variance.sqrt() * noise() if variance > 0 else mean
+
+
+SAMPLERS = {"ddim": ddim_step, "ddpm": ddpm_step}
+
+
+def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=50, guidance=7.0,
+            sampler="ddim", eta=0.0, noise=None):
+    """Sample: a generator that yields (i, t, x_t, predicted x_0) after every step; the last x_t is the sample.
+
+    unet      called as unet(x, t, context, fps, grid)
+    x         (B, 4, H, W) pure noise, frames folded into a grid image
+    context   (B, L, D) of the prompts, `negative` of what to stay away from ("" usually)
+    fps       (B,) or None; both halves of guidance get it
+    guidance  ε = ε(negative) + guidance * (ε(prompt) - ε(negative)); 1 is no guidance, and costs half
+    noise     () -> fresh noise like x, for samplers that add some
+    """
+    step = SAMPLERS[sampler]
+    noise = noise or (lambda: torch.randn_like(x))
+    timesteps = schedule.sampling_timesteps(steps)
+    guided = guidance != 1
+    with torch.no_grad():
+        context = unet.encode_context(torch.cat([negative, context]) if guided else context)
+    if guided and fps is not None:
+        fps = torch.cat([fps, fps])
+    last = schedule.alphas_cumprod[0] if sampler == "ddim" else torch.ones(())  # as published pipelines end
+    for i, t in enumerate(timesteps):
+        with torch.no_grad():
+            now = torch.full((len(x),), t, device=x.device)
+            double = torch.cat([x, x]) if guided else x
+            output = unet(double, now.repeat(2) if guided else now, context, fps, grid).to(x.dtype)
+            if guided:
+                without, with_prompt = output.chunk(2)
+                output = without + guidance * (with_prompt - without)
+            x0, eps = schedule.x0_and_eps(x, output, now)
+            a = schedule.alphas_cumprod[t]
+            a_next = schedule.alphas_cumprod[timesteps[i + 1]] if i + 1 < len(timesteps) else last
+            x = step(x, x0, eps, a, a_next, eta, noise)
+        yield i, t, x, x0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate(): prompts -> videos
+
+
+def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=50, guidance=None, sampler="ddim",
+             eta=0.0, seeds=None, negative="", progress=None):
+    """Videos of the prompts -> uint8 (B, T, H, W, 3). What is None comes from the model's settings.
+
+    size   (width, height) in pixels
+    seeds  one for each prompt (default: all 0); the video of a prompt depends on its seed and on no other in the batch
+    progress  called as progress(i, t, x_t, x_0) after each step
+
+    One frame is an image: plain Stable Diffusion, no grid and no FPS.
+    """
+    settings, unet = model.settings, model.unet
+    frames = frames or settings.frames
+    width, height = size or (settings.width, settings.height)
+    device, dtype = unet.out[2].weight.device, torch.float32
+    rows, cols = grid_shape(frames)
+    h, w = height // model.vae.cfg.downsampling, width // model.vae.cfg.downsampling
+    generators = [torch.Generator().manual_seed(s) for s in (seeds or [0] * len(prompts))]
+
+    def noise():
+        # drawn on the CPU, one generator a video: the same on every device and in every batch
+        video = torch.stack([torch.randn(frames, unet.cfg.latent_channels, h, w, generator=g) for g in generators])
+        return fold(video, rows, cols).to(device, dtype)
+
+    with torch.no_grad():
+        context = model.text(model.text.tokenize(prompts)[0].to(device))
+        without = model.text(model.text.tokenize([negative])[0].to(device)).expand_as(context)
+    video = frames > 1
+    condition = torch.full((len(prompts),), float(settings.fps if fps is None else fps), device=device)
+    run = denoise(unet, NoiseSchedule(settings), noise(), context, without, condition if video else None,
+                  (rows, cols) if video else None, steps=steps, sampler=sampler, eta=eta, noise=noise,
+                  guidance=settings.guidance if guidance is None else guidance)
+    for i, t, x, x0 in run:
+        if progress:
+            progress(i, t, x, x0)
+    return decode(model, unfold(x, rows, cols))
+
+
+def decode(model: Model, latents, chunk=16):
+    """Scaled latents (B, T, 4, h, w) -> uint8 (B, T, H, W, 3), a few frames at a time to be light on memory."""
+    B, T = latents.shape[:2]
+    weight = model.vae.post_quant_conv.weight
+    flat = (latents.flatten(0, 1) / model.settings.latent_scale).to(weight.dtype)
+    with torch.no_grad():
+        images = torch.cat([to_uint8(model.vae.decode(part)) for part in flat.split(chunk)])
+    return images.unflatten(0, (B, T)).cpu().numpy()
+
+
+def to_uint8(images):
+    """(N, 3, H, W) in -1..1 -> uint8 (N, H, W, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def playback_fps(fps: float) -> float:
+    """The condition 1..60 is also the speed to play at; 0 (unrelated frames) and 120 (a still) play at 8."""
+    return fps if 1 <= fps <= 60 else 8
+
+
+def contact_sheet(video, gap=2):
+    """All frames of a video (T, H, W, 3) beside each other in reading order -> uint8 (H', W', 3)."""
+    T, H, W, _ = video.shape
+    rows = max(f for f in range(1, int(T**0.5) + 1) if T % f == 0)
+    cols = T // rows
+    sheet = np.full((rows * (H + gap) - gap, cols * (W + gap) - gap, 3), 255, np.uint8)
+    for t, frame in enumerate(video):
+        y, x = t // cols * (H + gap), t % cols * (W + gap)
+        sheet[y : y + H, x : x + W] = frame
+    return sheet
+
+
+def write_video(path: str, video, fps: float, metadata: dict):
+    """Write a video, uint8 (T, H, W, 3), as .mp4, .gif or .png (contact sheet), with the metadata as its comment.
+
+    Written beside and renamed into place. Raises UserError when the path cannot be written or has another ending.
+    """
+    writers = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in writers:
+        raise UserError(f"{path}: the file must end in .mp4, .gif or .png")
+    beside = f"{path}.part{kind}"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        writers[kind](beside, video, fps, json.dumps(metadata, ensure_ascii=False))
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_mp4(path, video, fps, comment):
+    with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as file:
+        file.metadata["comment"] = comment
+        from fractions import Fraction
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        height, width = video.shape[1:3]
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        for frame in video:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p has even sides
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def write_gif(path, video, fps, comment):
+    images = [Image.fromarray(frame) for frame in video]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0, comment=comment)
+
+
+def write_png(path, video, fps, comment):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("comment", comment)
+    Image.fromarray(contact_sheet(video)).save(path, pnginfo=info)

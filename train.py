@@ -1,0 +1,510 @@
+"""The training loop: config, DDP, optimizer steps, checkpoints of a run. One process, or torchrun.
+
+    python train.py configs/tiny.py [--batch_size=8 ...]
+    torchrun --nproc_per_node=8 train.py configs/base.py
+
+Batches, timesteps and noise are functions of (seed, step, rank), so a run that was interrupted goes on exactly where its
+last checkpoint stands, with nothing to restore but weights, moments and the loss scale.
+"""
+
+import ast
+import copy
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import model as models
+import toy
+from checkpoint import Model, Settings, UserError, build, command_line, load, save
+from data import SOURCES, EncodedClips, Stream, encode, frame_pool, generator
+from grid import fold, grid_shape
+from sample import NoiseSchedule, contact_sheet, generate, to_uint8, write_png
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass
+class Config:
+    """Every knob of a run. A config file assigns some of them; `--name=value` on the command line goes last."""
+
+    # what is trained
+    train: str = "unet"  # "unet": the denoiser on latents; "vae": the autoencoder on frames
+    model: str = "tiny"  # architecture of a model that starts from nothing: tiny, sd15 or sd21
+    init: str = ""  # the checkpoint to start from; "" starts from random weights
+    vae: str = ""  # the checkpoint to take the VAE and its latent scale from, when not `init`
+    train_text: bool = False  # the text tower too; Stable Diffusion keeps it frozen
+    mixed_embedding: bool = True  # off for ablations
+    fps_embedding: bool = True
+    checkpointing: bool = False  # recompute activations in backward: a third more time, a fraction of the memory
+
+    # data
+    toy: str = ""  # folder of the toy world, rendered when missing; its lists are used where none are given
+    toy_clips: int = 864
+    video: str = ""  # lists, see data.py
+    label: str = ""
+    caption: str = ""
+    encoded: str = ""  # folder of their latents, encoded when missing
+    mix: dict = field(default_factory=lambda: {"video": 2, "label": 1, "caption": 1})  # shares of a batch
+    frames: int = 16
+    width: int = 256
+    height: int = 256
+    fps_values: tuple = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
+    starts: int = 1  # encoded samples a clip and FPS
+    draws: int = 16  # encoded samples a label
+    frame_pool: int = 8000  # frames in memory for training a VAE
+    drop_caption: float = 0.1  # captions dropped, for classifier-free guidance
+
+    # diffusion, for a model that starts from nothing (a checkpoint brings its own)
+    prediction: str = "epsilon"
+    zero_snr: bool = False
+    spacing: str = "leading"
+    timestep_shift: float = 1.0  # s > 1 trains noisy timesteps more often: t = s u / (1 + (s - 1) u), u uniform
+    default_fps: float = 30
+    guidance: float = 7.0
+
+    # VAE
+    kl_weight: float = 1e-6
+
+    # optimizer
+    max_steps: int = 15_000
+    batch_size: int = 6  # a process; times `accumulate` times processes is what one step sees
+    accumulate: int = 1
+    lr: float = 1e-4
+    warmup: int = 0  # steps of linear warm-up
+    cooldown: int = 0  # last steps, linearly down to 0
+    betas: tuple = (0.9, 0.9)  # E.2
+    weight_decay: float = 0.03
+    clip: float = 1.0  # global gradient norm
+    ema: float = 0.0  # decay of the weights' moving average, 0 for none; it warms up as (1 + n) / (10 + n)
+    dtype: str = "float16"  # of autocast: float32, bfloat16 or float16; weights are always fp32
+
+    # the run
+    out_dir: str = "runs/base"
+    seed: int = 0
+    log_every: int = 10
+    sheet_every: int = 500  # sample sheet, with `prompts`
+    save_every: int = 500
+    keep: int = 2  # checkpoints
+    prompts: tuple = ()
+    licence: str = ""  # of the data and the base weights, for the file's header
+
+
+def read_config(path: str, overrides: list[str]) -> Config:
+    """The config in a file of plain assignments, with `--name=value` overrides. Nothing in it is executed.
+
+    Raises UserError on an unknown name (with the nearest one), a wrong type, or anything that is no assignment.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(file.read(), path)
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from error
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
+    values = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        where = f"{path}, line {node.lineno}"
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f"{where}: a config holds assignments of plain values, nothing else")
+        try:
+            check_value(values, node.targets[0].id, ast.literal_eval(node.value), where)
+        except ValueError as error:
+            raise UserError(f"{where}: {node.targets[0].id} is not a plain value") from error
+    for override in overrides:
+        match = re.fullmatch(r"--(\w+)=(.*)", override, re.DOTALL)
+        if not match:
+            raise UserError(f"{override!r} is no override: write --name=value")
+        name, text = match.groups()
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # a bare word is a string
+        check_value(values, name, value, override)
+    return Config(**values)
+
+
+def check_value(values: dict, name: str, value, where: str):
+    """Put a value under its name if both are right for a Config."""
+    types = typing.get_type_hints(Config)
+    if name not in types:
+        near = difflib.get_close_matches(name, types, n=1)
+        raise UserError(f"{where}: there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    kind = types[name]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and type(value) is list:
+        value = tuple(value)
+    if type(value) is not kind:
+        raise UserError(f"{where}: {name} is of type {kind.__name__}, not {type(value).__name__} ({value!r})")
+    values[name] = value
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """A pure function of the step: linear warm-up, flat, linear cool-down to 0 at max_steps."""
+    up = (step + 1) / cfg.warmup if step < cfg.warmup else 1.0
+    left = cfg.max_steps - step
+    down = left / cfg.cooldown if left < cfg.cooldown else 1.0
+    return cfg.lr * min(up, down)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and data of a run
+
+PRESETS = {"tiny": models.TINY, "sd15": models.SD15, "sd21": models.SD21}
+
+
+def make_model(cfg: Config) -> Model:
+    """The model that training starts from, on the CPU in fp32."""
+    if cfg.model not in PRESETS:
+        raise UserError(f"model is one of {', '.join(PRESETS)}, not {cfg.model!r}")
+    if cfg.init:
+        model = load(cfg.init)
+        settings = model.settings
+    else:
+        preset = PRESETS[cfg.model]
+        unet = replace(preset.unet, mixed_embedding=cfg.mixed_embedding, fps_embedding=cfg.fps_embedding)
+        settings = Settings(prediction=cfg.prediction, zero_snr=cfg.zero_snr, spacing=cfg.spacing)
+        model = build(replace(preset, unet=unet), settings)
+    if cfg.vae:
+        donor = load(cfg.vae)
+        model.vae, settings = donor.vae, replace(settings, latent_scale=donor.settings.latent_scale)
+    fps = tuple(sorted({float(f) for f in cfg.fps_values if cfg.mix.get("video")}
+                       | ({0.0} if cfg.mix.get("label") else set()) | ({120.0} if cfg.mix.get("caption") else set())))
+    model.settings = replace(
+        settings, frames=cfg.frames, width=cfg.width, height=cfg.height, fps=cfg.default_fps, fps_trained=fps,
+        guidance=cfg.guidance, grid_trained=cfg.train == "unet" or settings.grid_trained)
+    return model
+
+
+def data_lists(cfg: Config) -> dict[str, str]:
+    """source -> list. A missing toy world is rendered."""
+    lists = {source: getattr(cfg, source) for source in SOURCES}
+    if cfg.toy:
+        if not os.path.exists(cfg.toy):
+            progress = Progress("render the toy world")
+            toy.render(cfg.toy, seed=0, clips=cfg.toy_clips, size=cfg.width, progress=progress)
+        files = {"video": "videos.csv", "label": "labels", "caption": "images.jsonl"}
+        lists = {source: path or os.path.join(cfg.toy, files[source]) for source, path in lists.items()}
+    return {source: path for source, path in lists.items() if path and cfg.mix.get(source)}
+
+
+class Progress:
+    """A line on stderr, at most one every 5 seconds."""
+
+    def __init__(self, what: str):
+        self.what, self.last = what, 0.0
+
+    def __call__(self, done: int, total: int):
+        if time.time() - self.last > 5 or done == total:
+            self.last = time.time()
+            print(f"{self.what}: {done}/{total}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained: a module whose forward is the loss, so that DDP sees all of it
+
+
+class Denoising(nn.Module):
+    """Mean squared error of the UNet's prediction: forward gives the loss of each sample (B,)."""
+
+    def __init__(self, model: Model, cfg: Config):
+        super().__init__()
+        self.unet, self.text = model.unet, model.text
+        self.unet.checkpointing = cfg.checkpointing
+        self.tokenize = model.text.tokenize
+        if not cfg.train_text:
+            self.text.requires_grad_(False)
+        self.schedule = NoiseSchedule(model.settings)
+        self.grid, self.shift = grid_shape(cfg.frames), cfg.timestep_shift
+
+    def forward(self, latents, tokens, fps, u, eps):
+        """latents (B, T, 4, h, w) clean, tokens (B, 77), fps (B,), u (B,) uniform in 0..1, eps like the folded grid."""
+        x0 = fold(latents, *self.grid)
+        t = (self.shift * u / (1 + (self.shift - 1) * u) * self.schedule.timesteps).long()
+        output = self.unet(self.schedule.add_noise(x0, eps, t), t, self.text(tokens), fps, self.grid)
+        error = output.float() - self.schedule.target(x0, eps, t)
+        return error.square().mean(dim=(1, 2, 3))
+
+
+class Autoencoding(nn.Module):
+    """Reconstruction plus KL (appendix H, Equations 27-28): forward gives the loss of each image (B,).
+
+    L1 for the edges, L2 beside it because flat colours come out sooner.
+    """
+
+    def __init__(self, model: Model, cfg: Config):
+        super().__init__()
+        self.vae, self.kl_weight = model.vae, cfg.kl_weight
+
+    def forward(self, images, eps):
+        """images (B, 3, H, W) in -1..1, eps like the latents."""
+        mean, logvar = (m.float() for m in self.vae.encode(images))
+        decoded = self.vae.decode(mean + (logvar / 2).exp() * eps).float()
+        error = decoded - images
+        reconstruction = (error.abs() + error.square()).mean(dim=(1, 2, 3))
+        kl = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(dim=(1, 2, 3))  # Equation 28, a latent number
+        return reconstruction + self.kl_weight * kl
+
+
+class UNetTask:
+    """Batches and loss of training the denoiser."""
+
+    def __init__(self, model: Model, cfg: Config, clips: EncodedClips, rank: int, world: int):
+        self.module = Denoising(model, cfg)
+        self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.frames, model.settings.latent_scale, cfg.seed,
+                             rank, world, cfg.drop_caption)
+
+    def batch(self, n: int, noise: torch.Generator):
+        """The n-th micro-batch of this rank: (names of the sources, arguments of the module)."""
+        batch = self.stream.batch(n)
+        B, T, C, h, w = batch.latents.shape
+        rows, cols = self.module.grid
+        # one timestep a stratum: the loss of a batch is less of a lottery
+        u = (torch.arange(B) + torch.rand(B, generator=noise))[torch.randperm(B, generator=noise)] / B
+        eps = torch.randn(B, C, rows * h, cols * w, generator=noise)
+        tokens = self.module.tokenize(batch.captions)[0]
+        return batch.sources, (batch.latents, tokens, batch.fps, u, eps)
+
+
+class VAETask:
+    """Batches and loss of training the autoencoder."""
+
+    def __init__(self, model: Model, cfg: Config, lists: dict[str, str]):
+        self.module = Autoencoding(model, cfg)
+        self.pool = frame_pool(lists, cfg.frame_pool, (cfg.width, cfg.height), cfg.seed)
+        self.batch_size, self.factor = cfg.batch_size, model.vae.cfg.downsampling
+        self.channels = model.vae.cfg.latent_channels
+
+    def batch(self, n: int, noise: torch.Generator):
+        chosen = torch.randint(len(self.pool), (self.batch_size,), generator=noise)
+        images = self.pool[chosen].float() / 127.5 - 1
+        h, w = (side // self.factor for side in images.shape[-2:])
+        return ["frame"] * len(images), (images, torch.randn(len(images), self.channels, h, w, generator=noise))
+
+    def latent_scale(self) -> float:
+        """1 / the standard deviation of the latents, so that diffusion sees them at a deviation of 1."""
+        means = [self.module.vae.encode(part.float() / 127.5 - 1)[0] for part in self.pool[:1024].split(64)]
+        return 1 / torch.cat(means).std().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moving average of the weights
+
+
+class EMA:
+    """A second copy of the module that trails the first."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module, self.decay = copy.deepcopy(module).requires_grad_(False).eval(), decay
+
+    def update(self, module: nn.Module, step: int):
+        decay = min(self.decay, (1 + step) / (10 + step))  # young averages forget fast
+        ours, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of a run: step-00000500.pt holds all that a resume needs
+
+
+def save_run(cfg: Config, step: int, module, ema, optimizer, scaler):
+    """Write beside, rename into place, then drop all but the newest `keep`."""
+    state = {"step": step, "config": asdict(cfg), "module": module.state_dict(), "optimizer": optimizer.state_dict(),
+             "scaler": scaler.state_dict(), "ema": ema.module.state_dict() if ema else None}
+    path = os.path.join(cfg.out_dir, f"step-{step:08d}.pt")
+    torch.save(state, path + ".part")
+    os.replace(path + ".part", path)
+    for old in run_checkpoints(cfg.out_dir)[: -cfg.keep]:
+        os.remove(old)
+
+
+def run_checkpoints(out_dir: str) -> list[str]:
+    """Oldest first."""
+    return sorted(os.path.join(out_dir, name) for name in os.listdir(out_dir) if re.fullmatch(r"step-\d+\.pt", name))
+
+
+def resume_run(cfg: Config, module, ema, optimizer, scaler, device) -> int:
+    """Load the newest checkpoint of the run, if there is one; returns the step to go on with."""
+    found = run_checkpoints(cfg.out_dir)
+    if not found:
+        return 0
+    state = torch.load(found[-1], map_location=device, weights_only=True)
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    if ema:
+        ema.module.load_state_dict(state["ema"])
+    print(f"resume from {found[-1]}", flush=True)
+    return state["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def setup():
+    """(rank, world, device), under torchrun or alone."""
+    gpu = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if gpu else "cpu")
+    dist.init_process_group("nccl" if gpu else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def prepare(cfg: Config, model: Model, rank: int, world: int, device):
+    """Everything the loop reads, made by rank 0 when it is not there yet -> the task."""
+    if rank == 0:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        lists = data_lists(cfg)
+        if cfg.train == "unet" and not os.path.exists(cfg.encoded):
+            model.vae.to(device)
+            encode(model, lists, cfg.encoded, frames=cfg.frames, size=(cfg.width, cfg.height),
+                   fps_values=cfg.fps_values, starts=cfg.starts, draws=cfg.draws, seed=cfg.seed)
+    if world > 1:
+        dist.barrier()
+    if cfg.train == "unet":
+        return UNetTask(model, cfg, EncodedClips(cfg.encoded), rank, world)
+    return VAETask(model, cfg, data_lists(cfg))
+
+
+def train(cfg: Config):
+    rank, world, device = setup()
+    torch.manual_seed(cfg.seed)  # of fresh weights; everything later has generators of its own
+    model = make_model(cfg)
+    task = prepare(cfg, model, rank, world, device)
+    module = task.module.to(device)
+    if device.type == "cpu":  # oneDNN's convolutions are faster so
+        module.to(memory_format=torch.channels_last)
+    ema = EMA(module, cfg.ema) if cfg.ema else None
+    params = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+    start = resume_run(cfg, module, ema, optimizer, scaler, device)
+    ddp = DistributedDataParallel(module) if world > 1 else module
+    log = Log(cfg, start) if rank == 0 else None
+
+    for step in range(start, cfg.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        losses, sources = [], []
+        for micro in range(cfg.accumulate):
+            noise = generator(cfg.seed, step, micro, rank)
+            names, batch = task.batch(step * cfg.accumulate + micro, noise)
+            last = micro == cfg.accumulate - 1
+            with torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
+                if world > 1:
+                    ddp.require_backward_grad_sync = last
+                loss = ddp(*(x.to(device, non_blocking=True) for x in batch))
+            scaler.scale(loss.mean() / cfg.accumulate).backward()
+            losses.append(loss.detach())
+            sources += names
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.update(module, step)
+
+        done = step + 1
+        if rank == 0:
+            log.step(done, torch.cat(losses), sources, norm, learning_rate(cfg, step))
+            if done % cfg.save_every == 0 or done == cfg.max_steps:
+                save_run(cfg, done, module, ema, optimizer, scaler)
+            if done % cfg.sheet_every == 0 or done == cfg.max_steps:
+                current = snapshot(model, task, ema)
+                save(stamped(current, cfg, done), os.path.join(cfg.out_dir, "model.safetensors"))
+                sheet(cfg, current, task, done)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def snapshot(model: Model, task, ema) -> Model:
+    """The model as one would sample it now: the moving average where there is one, in evaluation mode."""
+    module = ema.module if ema else task.module
+    settings = replace(model.settings, ema=bool(ema))
+    if isinstance(task, VAETask):
+        with torch.no_grad():
+            settings = replace(settings, latent_scale=task.latent_scale())
+        return Model(model.unet, module.vae, model.text, settings)
+    return Model(module.unet, model.vae, module.text, settings)
+
+
+def stamped(model: Model, cfg: Config, step: int) -> Model:
+    """With its origin written into the settings."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(__file__) or ".")
+    origin = model.settings.origin | {
+        cfg.train: {"config": asdict(cfg), "steps": step, "commit": git.stdout.strip(), "licence": cfg.licence}}
+    return Model(model.unet, model.vae, model.text, replace(model.settings, origin=origin))
+
+
+def sheet(cfg: Config, model: Model, task, step: int):
+    """What the model makes now, as a picture in the run's folder: a row of frames a prompt, or reconstructions."""
+    if isinstance(task, VAETask):
+        images = task.pool[:32].float() / 127.5 - 1
+        with torch.no_grad():
+            decoded = model.vae.decode(model.vae.encode(images)[0])
+        video = to_uint8(torch.cat([images, decoded.clamp(-1, 1)])).numpy()
+    elif cfg.prompts:
+        video = generate(model, list(cfg.prompts), seeds=list(range(len(cfg.prompts))))
+        video = video.reshape(-1, *video.shape[2:])
+    else:
+        return
+    write_png(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), video, 1, f"step {step}")
+
+
+class Log:
+    """A line to read every `log_every` steps, a JSON line in metrics.jsonl for each of them."""
+
+    def __init__(self, cfg: Config, start: int):
+        self.cfg, self.at, self.time, self.sums = cfg, start, time.time(), {}
+        self.file = open(os.path.join(cfg.out_dir, "metrics.jsonl"), "a", encoding="utf-8")
+
+    def step(self, step, losses, sources, norm, lr):
+        for loss, source in zip(losses.tolist(), sources):
+            for name in ("loss", f"loss_{source}"):
+                total, n = self.sums.get(name, (0.0, 0))
+                self.sums[name] = total + loss, n + 1
+        if step % self.cfg.log_every and step != self.cfg.max_steps:
+            return
+        speed = (step - self.at) / (time.time() - self.time)
+        means = {name: total / n for name, (total, n) in sorted(self.sums.items())}
+        left = int((self.cfg.max_steps - step) / speed)
+        print(f"step {step}/{self.cfg.max_steps}  "
+              + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+              + f"  |grad| {float(norm):.3f}  lr {lr:.2e}  {speed:.2f} steps/s"
+              + f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", flush=True)
+        line = {"step": step, **means, "grad_norm": float(norm), "lr": lr, "steps_per_s": speed, "time": time.time()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        self.at, self.time, self.sums = step, time.time(), {}
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__ + "\nOptions, with their defaults (see the comments of class Config):\n")
+        for f in fields(Config):
+            print(f"  --{f.name}={getattr(Config(), f.name)!r}")
+        return
+    train(read_config(sys.argv[1], sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    command_line(main)
