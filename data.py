@@ -182,9 +182,9 @@ def encode(model, lists: dict[str, str], out: str, *, frames, size, fps_values=V
             batch, name = tasks[at : at + SHARD], f"{shard:05d}.safetensors"
             moments = []
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter; the VAE runs here
-                read = lambda task: read_sample(  # noqa: E731
-                    source, items[task[0]][1], task[1], frames, size, sample_rng(seed, source, *task))
-                for clip in pool.map(read, batch):
+                jobs = [(source, items[item][1], fps, frames, size, sample_rng(seed, source, item, fps, k))
+                        for item, fps, k in batch]
+                for clip in pool.map(lambda job: read_sample(*job), jobs):
                     moments.append(encode_frames(model.vae, clip).half().cpu())
                     bar.update()
             save_file({"moments": torch.stack(moments)}, os.path.join(part, name))
@@ -203,9 +203,8 @@ def encode(model, lists: dict[str, str], out: str, *, frames, size, fps_values=V
 def sample_tasks(source, items, T, fps_values, repeats):
     """(item, fps, k) of every sample."""
     for i, (_, files) in enumerate(items):
-        choices = {"video": lambda: clip_fps(files[0], T, fps_values), "label": lambda: [LABEL_FPS],
-                   "caption": lambda: [CAPTION_FPS]}[source]()
-        for fps in choices:
+        still = {"label": [LABEL_FPS], "caption": [CAPTION_FPS]}
+        for fps in still.get(source) or clip_fps(files[0], T, fps_values):
             for k in range(1 if source == "caption" else repeats):
                 yield i, fps, k
 

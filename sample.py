@@ -3,16 +3,19 @@
     python sample.py "a red circle moving right"
 """
 
+import argparse
+import itertools
 import json
 import os
 import re
 import sys
-import warnings
+from fractions import Fraction
 
 import av
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
 from checkpoint import Model, Parser, Settings, UserError, command_line, load
 from grid import fold, grid_shape, unfold
@@ -35,7 +38,8 @@ class NoiseSchedule:
             raise UserError('zero_snr needs prediction "v": at pure noise, ε says nothing of x_0')
         if settings.prediction not in ("epsilon", "v") or settings.spacing not in ("leading", "trailing"):
             raise UserError(f'prediction is "epsilon" or "v", spacing "leading" or "trailing", not {settings}')
-        betas = torch.linspace(settings.beta_start**0.5, settings.beta_end**0.5, self.timesteps, dtype=torch.float64) ** 2
+        first, last = settings.beta_start**0.5, settings.beta_end**0.5
+        betas = torch.linspace(first, last, self.timesteps, dtype=torch.float64) ** 2
         signal = (1 - betas).cumprod(0).sqrt()  # sqrt(ᾱ)
         if settings.zero_snr:
             signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
@@ -218,14 +222,13 @@ def write_video(path: str, video, fps: float, metadata: dict):
 
     Written beside and renamed into place. Raises UserError when the path cannot be written or has another ending.
     """
-    writers = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}
     kind = os.path.splitext(path)[1].lower()
-    if kind not in writers:
-        raise UserError(f"{path}: the file must end in .mp4, .gif or .png")
+    if kind not in WRITERS:
+        raise UserError(f"{path}: the file must end in {', '.join(WRITERS)}")
     beside = f"{path}.part{kind}"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        writers[kind](beside, video, fps, json.dumps(metadata, ensure_ascii=False))
+        WRITERS[kind](beside, video, fps, json.dumps(metadata, ensure_ascii=False))
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -234,7 +237,6 @@ def write_video(path: str, video, fps: float, metadata: dict):
 def write_mp4(path, video, fps, comment):
     with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as file:
         file.metadata["comment"] = comment
-        from fractions import Fraction
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         height, width = video.shape[1:3]
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
@@ -253,3 +255,175 @@ def write_png(path, video, fps, comment):
     info = PngImagePlugin.PngInfo()
     info.add_itxt("comment", comment)
     Image.fromarray(contact_sheet(video)).save(path, pnginfo=info)
+
+
+WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny.safetensors")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512x320" -> (512, 320): width, height."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise UserError(f"--size {text!r} is not of the form WIDTHxHEIGHT, like 256x256")
+    return int(match[1]), int(match[2])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description="Make videos of prompts.")
+    parser.add_argument("prompt", nargs="*", help="what to show; several prompts make several videos")
+    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one a line")
+    parser.add_argument("--num", type=int, default=1, help="videos a prompt, with seeds S, S+1, ... (default 1)")
+    parser.add_argument("--ckpt", default=SHIPPED, help="model file (default: the tiny model that ships)")
+    parser.add_argument("--frames", type=int, metavar="T", help="frames; 1 is an image (default: as trained)")
+    parser.add_argument("--size", metavar="WxH", help="width x height in pixels (default: as trained)")
+    parser.add_argument("--fps", type=float, help="frame rate to show, 1..60; 0: unrelated frames, 120: a still "
+                        "(default: the model's)")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise that DDIM adds, 0..1 (default 0)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what to stay away from")
+    parser.add_argument("--out", metavar="PATH", help="a .mp4, .gif or .png (contact sheet) file, numbered when there "
+                        "are several videos, or a folder (default: out/)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on cuda, else float32")
+    return parser.parse_args()
+
+
+def read_prompts(args) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            with open(args.prompts, encoding="utf-8") as file:
+                prompts += [line.strip() for line in file if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {args.prompts} cannot be read: {error}") from error
+    if not prompts:
+        raise UserError('a prompt is needed, like: python sample.py "a red circle moving right"')
+    if any(not prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty")
+    return prompts
+
+
+def pick_device(name: str | None) -> torch.device:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(device for device, found in there.items() if found)
+    if not there.get(name.split(":")[0]):
+        raise UserError(f"--device {name} is not here: choose one of {', '.join(d for d in there if there[d])}")
+    return torch.device(name)
+
+
+def check_request(args, model: Model):
+    """Refuse what cannot be sampled, warn of what the model was never trained on."""
+    settings, frames = model.settings, args.frames
+    try:
+        grid_shape(frames)
+    except ValueError as error:
+        raise UserError(f"--frames: {error}") from error
+    for name, low, high in (("fps", 0, 120), ("steps", 1, NoiseSchedule.timesteps), ("eta", 0, 1), ("num", 1, 10**6)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} must be in {low}..{high}, not {getattr(args, name):g}")
+    check_size(args.size, frames, model)
+    if frames == 1:
+        return
+    trained = ", ".join(f"{fps:g}" for fps in settings.fps_trained)
+    if not settings.grid_trained:
+        warn("this model never saw a grid of frames: expect a collage, not a video (train it with train.py first)")
+    elif args.fps not in settings.fps_trained:
+        warn(f"this model never saw {args.fps:g} FPS; it was trained at {trained}")
+    if settings.grid_trained and (frames, *args.size) != (settings.frames, settings.width, settings.height):
+        warn(f"this model was trained on {settings.frames} frames of {settings.width}x{settings.height}, "
+             f"not {frames} of {args.size[0]}x{args.size[1]}")
+
+
+def check_size(size, frames: int, model: Model):
+    """Sides of a frame must be whole latent pixels, sides of the grid must halve as often as the UNet does."""
+    factor, halvings = model.vae.cfg.downsampling, model.unet.cfg.downsampling
+    for side, cells, name in zip(size, reversed(grid_shape(frames)), ("width", "height")):
+        if side < factor or side % factor:
+            raise UserError(f"--size: the {name} {side} is not divisible by {factor}, the VAE's factor: "
+                            f"use {max(factor, side // factor * factor)} or {(side // factor + 1) * factor}")
+        if side // factor * cells % halvings:
+            raise UserError(f"--size: {cells} frames of {name} {side} beside each other are {side // factor * cells} latent "
+                            f"pixels, which the UNet needs divisible by {halvings}: use a multiple of "
+                            f"{factor * halvings}")
+
+
+def warn(text: str):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def output_paths(args, prompts) -> list[str]:
+    """A path for each video; none of them exists yet, and all of them can be written."""
+    videos = [(prompt, args.seed + n) for prompt in prompts for n in range(args.num)]
+    stem, kind = os.path.splitext(args.out or "out/")
+    if kind:
+        if kind.lower() not in WRITERS:
+            raise UserError(f"--out {args.out}: the file must end in {', '.join(WRITERS)}")
+        paths = [args.out] if len(videos) == 1 else [f"{stem}-{i:03d}{kind}" for i in range(len(videos))]
+        for path in paths:
+            if os.path.lexists(path):
+                raise UserError(f"{path} is there already: choose another --out, or remove it")
+    else:
+        kind = ".png" if args.frames == 1 else ".mp4"
+        paths = []
+        for prompt, seed in videos:
+            name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "video"
+            stem = os.path.join(args.out or "out", f"{name}-seed{seed}")
+            tries = (f"{stem}{suffix}{kind}" for suffix in ("", *(f"-{n}" for n in itertools.count(2))))
+            paths.append(next(path for path in tries if path not in paths and not os.path.lexists(path)))
+    for path in paths:
+        check_writable(path)
+    return paths
+
+
+def check_writable(path: str):
+    """Better now than after the sampling."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".part", "wb"):
+            pass
+        os.remove(path + ".part")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def main():
+    args = parse_arguments()
+    prompts = read_prompts(args)
+    size = parse_size(args.size) if args.size else None
+    device = pick_device(args.device)
+    model = load(args.ckpt, device, DTYPES[args.dtype or ("float16" if device.type == "cuda" else "float32")])
+    settings = model.settings
+    args.frames = settings.frames if args.frames is None else args.frames
+    args.fps = settings.fps if args.fps is None else args.fps
+    args.guidance = settings.guidance if args.guidance is None else args.guidance
+    args.size = size or (settings.width, settings.height)
+    check_request(args, model)
+    paths = output_paths(args, prompts)
+    for cut in model.text.tokenize(prompts)[1]:
+        if cut:
+            warn(f"the prompt is longer than the text tower reads; cut off: {cut!r}")
+
+    wanted = [(prompt, args.seed + n) for prompt in prompts for n in range(args.num)]
+    shared = {name: getattr(args, name) for name in
+              ("negative", "frames", "size", "fps", "steps", "guidance", "sampler", "eta", "ckpt")}
+    with tqdm(total=len(wanted) * args.steps, unit="step", desc="sample", file=sys.stderr) as bar:
+        for (prompt, seed), path in zip(wanted, paths):
+            video = generate(model, [prompt], seeds=[seed], progress=lambda *_: bar.update(),
+                             **{name: value for name, value in shared.items() if name != "ckpt"})[0]
+            write_video(path, video, playback_fps(args.fps), {"prompt": prompt, "seed": seed, **shared})
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 # Any two of these ten are at least 120 apart in RGB, so a colour that is off by half of that can still be named. Every
-# shape also differs from every background by 30 in luma: what differs in chroma alone moves in jumps of 2 px in yuv420p.
+# shape also differs from every background by 30 in luma: an edge in chroma alone moves in jumps of 2 px in yuv420p.
 COLORS = {"red": (255, 60, 50), "green": (40, 205, 50), "blue": (60, 100, 255),
           "yellow": (245, 225, 40), "white": (250, 250, 250), "purple": (190, 60, 230)}
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (170, 170, 170), "brown": (115, 50, 5), "teal": (0, 85, 100)}
@@ -97,12 +97,13 @@ def coverage(shape, centers, size=SIZE, extent=EXTENT):
     cy, cx = np.asarray(centers, dtype=np.float32).T
     y = middles[None, :, None] - cy[:, None, None]  # (T, size, 1)
     x = np.abs(middles[None, None, :] - cx[:, None, None])  # (T, 1, size); all shapes are their own mirror image
+    box = np.maximum(np.abs(y), x) - half
     if shape == "circle":
         outside = np.hypot(y, x) - half
     elif shape == "square":
-        outside = np.maximum(np.abs(y), x) - half
-    elif shape == "triangle":  # apex (-half, 0), base corners (half, +-half)
-        outside = np.maximum(y - half, (2 * x - y - half) / np.float32(math.sqrt(5)))
+        outside = box
+    elif shape == "triangle":  # apex (-half, 0), base corners (half, +-half); the box trims the tips of the slopes
+        outside = np.maximum(box, (2 * x - y - half) / np.float32(math.sqrt(5)))
     else:
         raise ToyError(f"no shape {shape!r}: {', '.join(SHAPES)}")
     return np.clip(0.5 - outside, 0, 1)
@@ -326,7 +327,7 @@ def _bodies(distance, scale):
     """
     parts = _components(distance > FAINT)
     thick = _box(parts > 0, max(1, round((SPECK * scale - 1) / 2))) == 1  # the middles of squares that fit
-    sizes = np.stack([np.bincount(frame.ravel(), minlength=parts.max() + 2) for frame in parts * thick])[:, 1:]
+    sizes = np.stack([np.bincount(frame.ravel(), minlength=parts[0].size + 1) for frame in parts * thick])[:, 1:]
     found = (sizes.max(1) > 0) & (sizes.max(1) < BLOB * scale**2)
     body = (parts == sizes.argmax(1)[:, None, None] + 1) & found[:, None, None]
     return body, found, (sizes > 0).sum(1) > 1
@@ -338,29 +339,30 @@ def _name(pixels, palette):
     near = np.sqrt(((pixels - color)**2).sum(-1)) < FAINT
     distances = np.sqrt(((np.array(list(palette.values())) - color)**2).sum(-1))
     first, second = np.sort(distances)[:2]
-    clear = near.mean() >= AGREE and first < 60 and first < CLEARLY * second  # 60: half of the least distance of any two
+    clear = near.mean() >= AGREE and first < 60 and first < CLEARLY * second  # 60: half of what any two are apart
     return list(palette)[distances.argmin()] if clear else None
 
 
 def _box(images, radius):
     """Mean of the square of 2 radius + 1 pixels around each pixel of images (T, H, W), zero outside."""
-    padded = np.pad(images, ((0, 0), (radius, radius), (radius, radius)))
-    return sliding_window_view(padded, (2 * radius + 1, 2 * radius + 1), axis=(1, 2)).mean((-1, -2))
+    images = np.pad(images, ((0, 0), (radius, radius), (radius, radius)))
+    for axis in (1, 2):
+        images = sliding_window_view(images, 2 * radius + 1, axis).mean(-1)
+    return images
 
 
 def _components(mask):
-    """Labels (T, H, W) of the 8-connected components of masks (T, H, W): 1, 2... in each frame, 0 outside."""
-    _, height, width = mask.shape
-    labels = np.where(mask, np.arange(1, height * width + 1).reshape(height, width), 0)
+    """Labels (T, H, W) of the 8-connected components of masks (T, H, W): the number of their last pixel; 0 outside."""
+    height, width = mask.shape[1:]
+    labels = mask * np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)
     while True:  # the highest number of a component spreads, a pixel a turn
         padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
         rows = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
-        spread = np.where(mask, np.maximum(np.maximum(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:]), 0)
+        spread = np.maximum(np.maximum(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:]) * mask
         if np.array_equal(spread, labels):
             break
         labels = spread
-    return np.stack([np.unique(np.append(0, frame), return_inverse=True)[1][1:].reshape(height, width)
-                     for frame in labels])
+    return labels
 
 
 def _cut(solid):
