@@ -352,7 +352,7 @@ def check_size(size, frames: int, model: Model):
             raise UserError(f"--size: the {name} {side} is not divisible by {factor}, the VAE's factor: "
                             f"use {max(factor, side // factor * factor)} or {(side // factor + 1) * factor}")
         if side // factor * cells % halvings:
-            raise UserError(f"--size: {cells} frames of {name} {side} beside each other are {side // factor * cells} latent "
+            raise UserError(f"--size: {cells} frames of {name} {side} side by side are {side // factor * cells} latent "
                             f"pixels, which the UNet needs divisible by {halvings}: use a multiple of "
                             f"{factor * halvings}")
 
@@ -378,7 +378,7 @@ def output_paths(args, prompts) -> list[str]:
         for prompt, seed in videos:
             name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "video"
             stem = os.path.join(args.out or "out", f"{name}-seed{seed}")
-            tries = (f"{stem}{suffix}{kind}" for suffix in ("", *(f"-{n}" for n in itertools.count(2))))
+            tries = itertools.chain([f"{stem}{kind}"], (f"{stem}-{n}{kind}" for n in itertools.count(2)))
             paths.append(next(path for path in tries if path not in paths and not os.path.lexists(path)))
     for path in paths:
         check_writable(path)

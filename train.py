@@ -462,8 +462,9 @@ COMMIT = commit()  # asked once: the checkout may move on while the run goes on
 
 def stamped(model: Model, cfg: Config, step: int) -> Model:
     """With its origin written into the settings."""
+    before = model.settings.origin.get(cfg.train)  # when it started from a model that was trained in the same way
     origin = model.settings.origin | {
-        cfg.train: {"config": asdict(cfg), "steps": step, "commit": COMMIT, "licence": cfg.licence}}
+        cfg.train: {"config": asdict(cfg), "steps": step, "commit": COMMIT, "licence": cfg.licence, "from": before}}
     return Model(model.unet, model.vae, model.text, replace(model.settings, origin=origin))
 
 

@@ -1,0 +1,184 @@
+"""sample.py as a user meets it: files, metadata, determinism, and what it says of mistakes."""
+
+import json
+import os
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from checkpoint import load
+from sample import contact_sheet, generate, playback_fps, write_video
+
+
+def frames_of(path):
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate()
+
+
+def test_generate_gives_uint8_video(micro):
+    video = generate(load(micro), ["a red circle", "a blue square"], seeds=[1, 2], steps=3)
+    assert video.shape == (2, 4, 32, 32, 3) and video.dtype == np.uint8
+    assert video.std() > 1
+
+
+def test_same_seed_same_video_alone_or_in_a_batch(micro):
+    model = load(micro)
+    for sampler in ("ddim", "ddpm"):
+        batch = generate(model, ["one", "two", "three"], seeds=[5, 6, 7], steps=5, sampler=sampler)
+        alone = generate(model, ["two"], seeds=[6], steps=5, sampler=sampler)
+        assert np.abs(batch[1].astype(int) - alone[0]).max() <= 1
+        other = generate(model, ["two"], seeds=[7], steps=5, sampler=sampler)
+        assert np.abs(other[0].astype(int) - alone[0]).max() > 1
+
+
+def test_prompt_fps_guidance_and_negative_all_matter(micro):
+    model = load(micro)
+    base = dict(prompts=["a red circle"], steps=3, guidance=5.0, fps=8)
+    reference = generate(model, **base)
+    for change in ({"prompts": ["a blue square"]}, {"fps": 120}, {"guidance": 1.0}, {"negative": "green"}):
+        assert np.abs(generate(model, **(base | change)).astype(int) - reference).max() > 0, change
+
+
+def test_one_frame_is_plain_stable_diffusion(micro):
+    """No grid and no FPS reach the UNet: the FPS asked for changes nothing."""
+    model = load(micro)
+    images = [generate(model, ["a red circle"], frames=1, steps=3, fps=fps) for fps in (0, 120)]
+    assert images[0].shape == (1, 1, 32, 32, 3) and (images[0] == images[1]).all()
+
+
+def test_progress_sees_every_step(micro):
+    seen = []
+    generate(load(micro), ["x"], steps=4, progress=lambda i, t, x, x0: seen.append((i, t, x.shape, x0.shape)))
+    assert [i for i, *_ in seen] == [0, 1, 2, 3] and seen[0][1] == 999
+    assert all(x == x0 == (1, 4, 8, 8) for *_, x, x0 in seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("fps", [4, 8, 29.97, 60])
+def test_mp4_decodes_with_its_rate_and_metadata(tmp_path, fps):
+    video = np.zeros((6, 33, 47, 3), np.uint8)  # odd sides
+    video[:, :, :, 0] = np.arange(6)[:, None, None] * 40
+    path = tmp_path / "v.mp4"
+    write_video(str(path), video, fps, {"prompt": "ein roter Kreis – ⚪", "seed": 3})
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert abs(float(stream.average_rate) - fps) < 0.01
+        assert json.loads(file.metadata["comment"]) == {"prompt": "ein roter Kreis – ⚪", "seed": 3}
+    decoded = frames_of(path)
+    assert decoded.shape == (6, 34, 48, 3)
+    assert np.abs(decoded[:, :33, :47].astype(int) - video).mean() < 4
+
+
+def test_gif_and_png(tmp_path):
+    video = np.random.default_rng(0).integers(0, 255, (6, 16, 24, 3), dtype=np.uint8)
+    video[:] = video[:, :1, :1]
+    write_video(str(tmp_path / "v.gif"), video, 10, {"seed": 1})
+    with Image.open(tmp_path / "v.gif") as gif:
+        assert gif.n_frames == 6 and gif.info["duration"] == 100 and json.loads(gif.info["comment"]) == {"seed": 1}
+        for t in range(6):
+            gif.seek(t)
+            assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - video[t]).max() <= 3
+    write_video(str(tmp_path / "v.png"), video, 10, {"seed": 1})
+    with Image.open(tmp_path / "v.png") as png:
+        assert json.loads(png.text["comment"]) == {"seed": 1}
+        assert (np.asarray(png) == contact_sheet(video)).all()
+
+
+def test_contact_sheet_reads_left_to_right():
+    sheet = contact_sheet(np.arange(6)[:, None, None, None] * np.ones((6, 5, 7, 3), np.uint8), gap=0)
+    assert sheet[::5, ::7, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_playback():
+    assert [playback_fps(f) for f in (0, 1, 8, 29.97, 60, 120)] == [8, 1, 8, 29.97, 60, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_command_writes_and_prints_paths(run, micro, tmp_path):
+    done = run("sample.py", "a red circle", "ein blaues Quadrat", "--ckpt", micro, "--steps", 2, "--num", 2,
+               "--out", tmp_path / "new" / "clip.mp4", "--seed", 7)
+    assert done.returncode == 0, done.stderr
+    paths = [str(tmp_path / "new" / f"clip-{i:03d}.mp4") for i in range(4)]
+    assert done.stdout.split() == paths and sorted(os.listdir(tmp_path / "new")) == sorted(map(os.path.basename, paths))
+    with av.open(paths[3]) as file:
+        comment = json.loads(file.metadata["comment"])
+    assert comment["prompt"] == "ein blaues Quadrat" and comment["seed"] == 8 and comment["ckpt"] == micro
+    assert comment["steps"] == 2 and comment["guidance"] == 7.0 and comment["fps"] == 8
+
+
+def test_command_names_files_by_prompt_and_keeps_old_ones(run, micro, tmp_path):
+    for _ in range(2):
+        done = run("sample.py", "A red/blue circle!", "--ckpt", micro, "--steps", 1, "--out", tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["a-red-blue-circle-seed0-2.mp4", "a-red-blue-circle-seed0.mp4"]
+
+
+def test_prompts_file_and_image(run, micro, tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    done = run("sample.py", "--prompts", tmp_path / "p.txt", "--ckpt", micro, "--steps", 1, "--frames", 1,
+               "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "o")) == ["one-seed0.png", "two-seed0.png"]
+
+
+def test_long_prompt_runs_and_says_what_was_cut(run, micro, tmp_path):
+    done = run("sample.py", "red " * 75 + "elephant parade", "--ckpt", micro, "--steps", 1, "--out", tmp_path / "a.png")
+    assert done.returncode == 0
+    assert "cut off: 'elephant parade'" in done.stderr
+
+
+def test_warns_of_what_the_model_never_saw(run, micro, tmp_path):
+    done = run("sample.py", "x", "--ckpt", micro, "--steps", 1, "--frames", 6, "--fps", 33, "--out", tmp_path / "a.gif")
+    assert done.returncode == 0
+    assert "never saw 33 FPS" in done.stderr and "trained on 4 frames of 32x32, not 6" in done.stderr
+
+
+BAD = {
+    "no prompt": ([], "a prompt is needed"),
+    "empty prompt": ([" "], "a prompt is empty"),
+    "no such checkpoint": (["x", "--ckpt", "nowhere.safetensors"], "nowhere.safetensors"),
+    "foreign checkpoint": (["x", "--ckpt", "README.md"], "README.md"),
+    "unwritable": (["x", "--out", "/dev/null/clip.mp4"], "/dev/null/clip.mp4 cannot be written"),
+    "wrong ending": (["x", "--out", "clip.avi"], ".mp4, .gif, .png"),
+    "prime frames": (["x", "--frames", "7"], "use 6 or 8"),
+    "no frames": (["x", "--frames", "0"], "at least 1 frame"),
+    "size form": (["x", "--size", "64"], "WIDTHxHEIGHT"),
+    "size factor": (["x", "--size", "60x64"], "divisible by 8"),
+    "fps too high": (["x", "--fps", "121"], "0..120"),
+    "fps negative": (["x", "--fps", "-1"], "0..120"),
+    "no steps": (["x", "--steps", "0"], "1..1000"),
+    "no number": (["x", "--steps", "many"], "--steps"),
+    "unknown option": (["x", "--stepz", "3"], "--stepz"),
+    "no device": (["x", "--device", "tpu"], "tpu"),
+    "prompts file": (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_line_and_status_2(run, micro, name):
+    arguments, says = BAD[name]
+    if "--ckpt" not in arguments:
+        arguments = [*arguments, "--ckpt", micro]
+    done = run("sample.py", *arguments, "--steps=1" if "--steps" not in arguments else "--seed=0")
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
+
+
+def test_never_overwrites(run, micro, tmp_path):
+    (tmp_path / "a.mp4").write_text("precious")
+    done = run("sample.py", "x", "--ckpt", micro, "--steps", 1, "--out", tmp_path / "a.mp4")
+    assert done.returncode == 2 and "is there already" in done.stderr
+    assert (tmp_path / "a.mp4").read_text() == "precious"
