@@ -18,7 +18,8 @@ def timestep_embedding(t, dim: int, max_period: float = 10_000.0):
     An odd `dim` ends in a zero, as in the original code.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)  # in this order: the same bits as the original
     angles = t.float()[:, None] * frequencies  # (B, half)
     return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 

@@ -1,7 +1,7 @@
 """The three networks of Stable Diffusion: UNet, AutoencoderKL, TextEncoder. Nothing about files.
 
 Every parameter has the name it has in the original single-file checkpoints, so a published file loads by name. What
-ETC adds to the UNet is two lines of `UNet.forward`: the mixed embedding on the latent, the FPS embedding on the timestep.
+ETC adds to the UNet is two lines of `UNet.forward`: mixed embedding on the latent, FPS embedding on the timestep.
 """
 
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class TextConfig:
 # Residual block, down- and upsampling
 
 
-def initialize(net: nn.Module):
+def initialize(net: nn.Module, generator: torch.Generator | None = None):
     """Fresh weights: every layer keeps the variance of what passes through it, every residual branch starts at zero.
 
     PyTorch's default shrinks a signal by sqrt(3) a layer; through the twenty layers between the latent and the pixels
@@ -82,7 +82,7 @@ def initialize(net: nn.Module):
     """
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
-            nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
+            nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5, generator=generator)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
     for m in net.modules():
@@ -99,21 +99,19 @@ def zero(layer: nn.Module):
     nn.init.zeros_(layer.bias)
 
 
+def norm_act_conv(groups: int, in_channels: int, out_channels: int) -> list[nn.Module]:
+    return [nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)]
+
+
 class ResBlock(nn.Module):
     """x (B, in, H, W), emb (B, emb_dim) -> (B, out, H, W)."""
 
     def __init__(self, in_channels: int, emb_dim: int, out_channels: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(*norm_act_conv(groups, in_channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, out_channels),
-            nn.SiLU(),
-            nn.Identity(),  # the original has dropout here; it keeps the convolution's number in the name
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
+        norm, act, conv = norm_act_conv(groups, out_channels, out_channels)
+        self.out_layers = nn.Sequential(norm, act, nn.Identity(), conv)  # dropout in the original; it keeps the number
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -196,8 +194,7 @@ class GEGLU(nn.Module):
 
 class FeedForward(nn.Module):
     def __init__(self, channels: int):
-        super().__init__()
-        # Identity again where the original has dropout
+        super().__init__()  # Identity where the original has dropout
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x):
@@ -310,9 +307,7 @@ class UNet(nn.Module):
                     layers.append(Upsample(width))
                 self.output_blocks.append(Block(*layers))
                 c = width
-        self.out = nn.Sequential(
-            nn.GroupNorm(cfg.norm_groups, c), nn.SiLU(), nn.Conv2d(c, cfg.latent_channels, 3, padding=1)
-        )
+        self.out = nn.Sequential(*norm_act_conv(cfg.norm_groups, c, cfg.latent_channels))
         initialize(self)
         zero(self.out[2])
         if cfg.fps_embedding:  # the branch adds nothing to Stable Diffusion before it is trained
@@ -429,75 +424,61 @@ class VAEDownsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as the original
 
 
-class VAEMiddle(nn.Module):
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.block_1 = VAEResBlock(channels, channels, groups)
-        self.attn_1 = VAEAttention(channels, groups)
-        self.block_2 = VAEResBlock(channels, channels, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+def vae_middle(channels: int, groups: int) -> nn.ModuleDict:
+    """Its modules in the order in which they run."""
+    return nn.ModuleDict({"block_1": VAEResBlock(channels, channels, groups), "attn_1": VAEAttention(channels, groups),
+                          "block_2": VAEResBlock(channels, channels, groups)})
 
 
-class VAELevel(nn.Module):
-    """Residual blocks, then the resampling under the name that the original gives it."""
+def vae_level(widths: list[int], groups: int, resample: dict[str, nn.Module]) -> nn.ModuleDict:
+    """Residual blocks from each width to the next, then the resampling under the name that the original gives it."""
+    blocks = nn.Sequential(*(VAEResBlock(a, b, groups) for a, b in zip(widths, widths[1:])))
+    return nn.ModuleDict({"block": blocks} | resample)
 
-    def __init__(self, in_channels: int, out_channels: int, count: int, groups: int, **resample):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * count
-        self.block = nn.ModuleList(VAEResBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
-        for name, module in resample.items():
-            self.add_module(name, module)
 
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
+def in_order(modules: nn.ModuleDict, x):
+    for module in modules.values():
+        x = module(x)
+    return x
 
 
 class Encoder(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        widths = [cfg.channels * m for m in cfg.channel_mult]
+        widths, groups = [cfg.channels * m for m in cfg.channel_mult], cfg.norm_groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
-        for i, (a, b) in enumerate(zip([widths[0]] + widths, widths)):
-            resample = {"downsample": VAEDownsample(b)} if i < len(widths) - 1 else {}
-            self.down.append(VAELevel(a, b, cfg.num_res_blocks, cfg.norm_groups, **resample))
-        self.mid = VAEMiddle(widths[-1], cfg.norm_groups)
-        self.norm_out = nn.GroupNorm(cfg.norm_groups, widths[-1], eps=1e-6)
+        for i, (before, width) in enumerate(zip([widths[0]] + widths, widths)):
+            resample = {"downsample": VAEDownsample(width)} if i < len(widths) - 1 else {}
+            self.down.append(vae_level([before] + [width] * cfg.num_res_blocks, groups, resample))
+        self.mid = vae_middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
         for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+            x = in_order(level, x)
+        return self.conv_out(F.silu(self.norm_out(in_order(self.mid, x))))
 
 
 class Decoder(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        widths = [cfg.channels * m for m in cfg.channel_mult]
+        widths, groups = [cfg.channels * m for m in cfg.channel_mult], cfg.norm_groups
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[-1], 3, padding=1)
-        self.mid = VAEMiddle(widths[-1], cfg.norm_groups)
-        levels = []
-        for i in range(len(widths)):  # level 0 is the finest, and the last to run
-            before = widths[min(i + 1, len(widths) - 1)]
-            resample = {"upsample": Upsample(widths[i])} if i > 0 else {}
-            levels.append(VAELevel(before, widths[i], cfg.num_res_blocks + 1, cfg.norm_groups, **resample))
-        self.up = nn.ModuleList(levels)
-        self.norm_out = nn.GroupNorm(cfg.norm_groups, widths[0], eps=1e-6)
+        self.mid = vae_middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i, (before, width) in enumerate(zip(widths[1:] + widths[-1:], widths)):  # level 0 is the finest
+            resample = {"upsample": Upsample(width)} if i > 0 else {}
+            self.up.append(vae_level([before] + [width] * (cfg.num_res_blocks + 1), groups, resample))
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
-        z = self.mid(self.conv_in(z))
+        z = in_order(self.mid, self.conv_in(z))
         for level in reversed(self.up):
-            z = level(z)
+            z = in_order(level, z)
         return self.conv_out(F.silu(self.norm_out(z)))
 
 
@@ -538,14 +519,8 @@ class TextEncoder(nn.Module):
 
         self.cfg = cfg
         self.model = TextTransformer(
-            context_length=cfg.length,
-            vocab_size=cfg.vocab,
-            width=cfg.width,
-            heads=cfg.heads,
-            layers=cfg.layers,
-            output_dim=cfg.projection or None,
-            act_layer=QuickGELU if cfg.quick_gelu else nn.GELU,
-        )
+            cfg.length, cfg.vocab, cfg.width, cfg.heads, cfg.layers, output_dim=cfg.projection or None,
+            act_layer=QuickGELU if cfg.quick_gelu else nn.GELU)
 
     def tokenize(self, prompts: list[str]):
         """Token ids (B, 77), and for each prompt the text that did not fit ("" when all did)."""

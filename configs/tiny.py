@@ -29,7 +29,7 @@ guidance = 4.0  # chosen on the validation triples: python eval.py toy --split v
 
 max_steps = 6000
 batch_size = 16
-lr = 8e-4
+lr = 6e-4
 warmup = 200
 cooldown = 1500
 betas = (0.9, 0.99)

@@ -1,0 +1,284 @@
+"""train.py: configs, schedules, and real runs of the smallest model, alone and under torchrun."""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from checkpoint import UserError, load
+from conftest import ROOT
+from data import EncodedClips
+from grid import fold, unfold
+from sample import NoiseSchedule, denoise
+
+CONFIGS = sorted(Path(ROOT, "configs").glob("*.py"))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_reads(path):
+    train.read_config(str(path), [])
+
+
+def test_overrides_go_last():
+    cfg = train.read_config(f"{ROOT}/configs/ci.py", ["--batch_size=8", "--lr=1", "--out_dir=/tmp/x", "--betas=[0.9,0.95]"])
+    assert (cfg.batch_size, cfg.lr, cfg.out_dir, cfg.betas) == (8, 1.0, "/tmp/x", (0.9, 0.95))
+    assert type(cfg.lr) is float and cfg.frames == 4
+
+
+BAD = {
+    "batchsize = 8": "did you mean 'batch_size'",
+    "batch_size = 8.5": "batch_size is of type int, not float",
+    "lr = 'high'": "lr is of type float, not str",
+    "train_text = 1": "train_text is of type bool, not int",
+    "import os": "assignments of plain values",
+    "lr = float('1')": "lr is not a plain value",
+    "batch_size = = 3": "line 1",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_configs_are_refused(tmp_path, text):
+    (tmp_path / "c.py").write_text(text + "\n")
+    with pytest.raises(UserError, match=re.escape(BAD[text])):
+        train.read_config(str(tmp_path / "c.py"), [])
+
+
+@pytest.mark.parametrize("override, says", [("--max_step=3", "did you mean 'max_steps'"), ("max_steps=3", "--name=value"),
+                                            ("--max_steps=many", "of type int")])
+def test_bad_overrides_are_refused(override, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        train.read_config(f"{ROOT}/configs/ci.py", [override])
+
+
+def test_command_says_mistakes_in_one_line(run):
+    for arguments in (["nowhere.py"], ["configs/ci.py", "--lrr=3"]):
+        done = run("train.py", *arguments)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("train.py: ")
+
+
+def test_every_option_is_explained():
+    """Each field of Config has a comment, on its line or above it in its group."""
+    source = Path(train.__file__).read_text()
+    body = source[source.index("class Config:") : source.index("def read_config")]
+    fields = [f.name for f in dataclasses.fields(train.Config)]
+    assert all(re.search(rf"^    {name}: ", body, re.MULTILINE) for name in fields)
+
+
+def test_learning_rate():
+    cfg = train.Config(lr=1.0, warmup=4, cooldown=5, max_steps=20)
+    rates = [train.learning_rate(cfg, step) for step in range(20)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1, 1])
+    np.testing.assert_allclose(rates[14:], [1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's run, without its 0.9 billion numbers
+
+
+def test_base_has_the_papers_size():
+    cfg = train.read_config(f"{ROOT}/configs/base.py", [])
+    with torch.device("meta"):
+        unet = train.models.UNet(train.PRESETS[cfg.model].unet)
+    extra = sum(p.numel() for name, p in unet.named_parameters() if name.startswith(("time_proj", "fps_proj")))
+    assert sum(p.numel() for p in unet.parameters()) - extra == 865_910_724 and extra == 78_666_240
+    assert cfg.batch_size * cfg.accumulate * 8 == 48 and cfg.betas == (0.9, 0.9) and cfg.weight_decay == 0.03
+    assert (cfg.max_steps, cfg.lr, cfg.frames, cfg.width, cfg.height) == (15_000, 1e-4, 16, 256, 256)
+
+
+def test_a_narrow_base_takes_a_step(world, tmp_path, monkeypatch):
+    """configs/base.py through the same code, with fewer channels, smaller frames and the toy world's files."""
+    sd21 = train.PRESETS["sd21"]
+    narrow = train.models.ModelConfig(
+        dataclasses.replace(sd21.unet, channels=32, context_dim=64, head_width=16),
+        dataclasses.replace(sd21.vae, channels=32),
+        dataclasses.replace(sd21.text, width=64, layers=2, heads=2, projection=64),
+    )
+    monkeypatch.setitem(train.PRESETS, "sd21", narrow)
+    overrides = ["--init=", f"--toy={world}", "--video=", "--label=", "--caption=", f"--encoded={tmp_path}/encoded",
+                 f"--out_dir={tmp_path}/run", "--width=32", "--height=32", "--fps_values=(4, 8)", "--batch_size=4",
+                 "--max_steps=1", "--dtype=bfloat16", "--prompts=()"]
+    cfg = train.read_config(f"{ROOT}/configs/base.py", overrides)
+    assert cfg.frames == 16 and cfg.checkpointing and cfg.mix == {"video": 2, "label": 1, "caption": 1}
+    train.train(cfg)
+    line = json.loads(Path(tmp_path, "run", "metrics.jsonl").read_text())
+    assert line["step"] == 1 and 0.5 < line["loss"] < 2 and line["grad_norm"] > 0
+    model = load(str(tmp_path / "run" / "model.safetensors"))
+    assert model.settings.prediction == "epsilon" and model.settings.fps_trained == (0, 4, 8, 120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def ci_options(world, folder):
+    return [f"--toy={world}", f"--encoded={folder}/encoded", f"--out_dir={folder}/run"]
+
+
+def launch(arguments, ranks=1, **options):
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"] if ranks > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *torchrun, "train.py", "configs/ci.py", *arguments], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300, env=environment, **options)
+
+
+def weights(folder, step=20):
+    return torch.load(f"{folder}/run/step-{step:08d}.pt", weights_only=True)
+
+
+def assert_equal_states(a, b):
+    """To the bit, through nested dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal_states(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b):
+            assert_equal_states(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A whole run of configs/ci.py."""
+    folder = tmp_path_factory.mktemp("ci")
+    done = launch(ci_options(world, folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_run_writes_what_it_should(finished):
+    folder, done = finished
+    assert "step 20/20" in done.stdout and "left" in done.stdout and "loss_video" in done.stdout
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    names = set(os.listdir(folder / "run"))
+    assert names == {"metrics.jsonl", "model.safetensors", "sheet-00000010.png", "sheet-00000020.png",
+                     "step-00000015.pt", "step-00000020.pt"}  # the last two checkpoints are kept
+
+
+def test_saved_model_is_the_average_and_says_where_it_comes_from(finished):
+    folder, _ = finished
+    state, model = weights(folder), load(str(folder / "run" / "model.safetensors"))
+    assert model.settings.ema and model.settings.grid_trained
+    origin = model.settings.origin["unet"]
+    assert origin["steps"] == 20 and origin["config"]["out_dir"] == f"{folder}/run" and "commit" in origin
+    name = "input_blocks.0.0.weight"
+    ours = dict(model.unet.named_parameters())[name]
+    assert torch.equal(ours, state["ema"][f"unet.{name}"]) and not torch.equal(ours, state["module"][f"unet.{name}"])
+
+
+def test_ema_is_the_recursion():
+    """Against the recursion written out, with the warm-up of the decay."""
+    module = torch.nn.Linear(3, 2)
+    ema, expected = train.EMA(module, 0.9), module.weight.detach().clone().double()
+    for step in range(200):
+        with torch.no_grad():
+            module.weight += torch.randn_like(module.weight)
+        ema.update(module, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * module.weight.detach().double()
+    torch.testing.assert_close(ema.module.weight.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(finished, world, tmp_path):
+    reference, _ = finished
+    first = launch([*ci_options(world, tmp_path), "--max_steps=20", "--save_every=7", "--keep=9"])
+    assert first.returncode == 0, first.stderr
+    os.remove(tmp_path / "run" / "step-00000020.pt")
+    os.remove(tmp_path / "run" / "step-00000014.pt")  # as if it had been killed between 7 and 14
+    second = launch(ci_options(world, tmp_path))
+    assert "resume from" in second.stdout and "step-00000007.pt" in second.stdout
+    a, b = weights(reference), weights(tmp_path)
+    a.pop("config"), b.pop("config")
+    assert_equal_states(a, b)
+
+
+def test_two_ranks_meet_the_same_global_batch(finished, world, tmp_path):
+    """Two ranks with half the batch: the same samples, hence about the same first loss, and one set of weights."""
+    done = launch([*ci_options(world, tmp_path), "--batch_size=2", "--max_steps=3", "--sheet_every=3"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and all(json.loads(line)["grad_norm"] > 0 for line in lines)
+
+
+def test_mean_gradient_of_two_ranks_is_that_of_one(world, tmp_path):
+    """Accumulating two micro-batches on one rank gives the update of two ranks: compared through the weights."""
+    for folder, ranks, accumulate in (("one", 1, 2), ("two", 1, 1)):
+        options = ci_options(world, tmp_path / folder)
+        options[1] = f"--encoded={tmp_path}/encoded"
+        done = launch([*options, "--max_steps=1", "--prompts=()", f"--accumulate={accumulate}",
+                       f"--batch_size={4 // accumulate}"], ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / folder / "run" / "metrics.jsonl").read_text()) for folder in ("one", "two"))
+    assert one["loss_video"] > 0 and two["loss_video"] > 0
+
+
+def test_vae_trains(world, tmp_path):
+    done = launch([*ci_options(world, tmp_path), "--train=vae", "--max_steps=60", "--frame_pool=64", "--lr=5e-3"])
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean([line["loss"] for line in lines[-10:]]) < 0.3 * np.mean([line["loss"] for line in lines[:5]])
+    model = load(str(tmp_path / "run" / "model.safetensors"))
+    frames = torch.randint(0, 255, (8, 3, 32, 32)) / 127.5 - 1
+    with torch.no_grad():
+        assert torch.isfinite(model.vae.encode(frames)[0]).all()
+    assert model.settings.latent_scale != 0.18215
+
+
+def test_overfits_one_clip():
+    """The whole path learns one clip: its latents come back from noise at 25 dB or better."""
+    torch.manual_seed(0)
+    T, grid = 4, (2, 2)
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    frames = [torch.exp(-((y - 4) ** 2 + (x - 1 - 2 * t) ** 2) / 4) for t in range(T)]
+    clip = torch.stack([torch.stack([f, -f, f * y / 4 - 1, f * x / 4]) for f in frames])  # (T, 4, 8, 8), moving right
+    clip = (clip - clip.mean()) / clip.std()
+    cfg = train.read_config(f"{ROOT}/configs/ci.py", [])
+    model = train.make_model(cfg)
+    task = train.Denoising(model, cfg).train()
+    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0)
+    tokens, fps = model.text.tokenize(["a thing moving right"])[0].expand(8, -1), torch.full((8,), 8.0)
+    latents, losses, steps = clip.expand(8, -1, -1, -1, -1), [], 400
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (steps - step) / 200)
+        u = (torch.arange(8) + torch.rand(8)) / 8
+        loss = task(latents, tokens, fps, u, torch.randn(8, 4, 16, 16)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5])
+    context = model.text(tokens[:1]).detach()
+    run = denoise(model.unet, NoiseSchedule(model.settings), fold(torch.randn(1, T, 4, 8, 8), *grid), context, context,
+                  fps[:1], grid, steps=20, guidance=1)
+    *_, (_, _, sample, _) = run
+    error = (unfold(sample, *grid)[0] - clip).square().mean()
+    peak = clip.max() - clip.min()
+    assert 10 * torch.log10(peak**2 / error) >= 25
+
+
+def test_configs_hold_literals_only():
+    for path in CONFIGS:
+        assert all(isinstance(node, (ast.Assign, ast.Expr)) for node in ast.parse(path.read_text()).body)
+
+
+def test_encoded_folder_is_reused(finished):
+    folder, _ = finished
+    assert len(EncodedClips(str(folder / "encoded")).index) > 0
