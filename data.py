@@ -173,6 +173,7 @@ def encode(model, lists: dict[str, str], out: str, *, frames, size, fps_values=V
     part = out + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
+    model.vae.to(memory_format=torch.channels_last)  # a third faster on the CPU
     index, shard = [], 0
     for source, path in lists.items():
         items = read_list(source, path)
@@ -187,7 +188,7 @@ def encode(model, lists: dict[str, str], out: str, *, frames, size, fps_values=V
                 for clip in pool.map(lambda job: read_sample(*job), jobs):
                     moments.append(encode_frames(model.vae, clip).half().cpu())
                     bar.update()
-            save_file({"moments": torch.stack(moments)}, os.path.join(part, name))
+            save_file({"moments": torch.stack(moments).contiguous()}, os.path.join(part, name))
             index += [
                 {"shard": name, "row": row, "source": source, "item": item, "caption": items[item][0], "fps": fps,
                  "k": k, "seed": seed}
@@ -209,7 +210,7 @@ def sample_tasks(source, items, T, fps_values, repeats):
                 yield i, fps, k
 
 
-def encode_frames(vae, frames, chunk=64):
+def encode_frames(vae, frames, chunk=16):
     """uint8 (T, 3, H, W) -> moments (T, 8, h, w): mean and log-variance, before the latent scale."""
     weight = vae.post_quant_conv.weight
     with torch.no_grad():
