@@ -281,6 +281,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", metavar="FILE", help="more prompts, one a line")
     parser.add_argument("--num", type=int, default=1, help="videos a prompt, with seeds S, S+1, ... (default 1)")
     parser.add_argument("--ckpt", default=SHIPPED, help="model file (default: the tiny model that ships)")
+    parser.add_argument("--prediction", choices=("epsilon", "v"), help="what the UNet predicts, if the file is silent")
     parser.add_argument("--frames", type=int, metavar="T", help="frames; 1 is an image (default: as trained)")
     parser.add_argument("--size", metavar="WxH", help="width x height in pixels (default: as trained)")
     parser.add_argument("--fps", type=float, help="frame rate to show, 1..60; 0: unrelated frames, 120: a still "
@@ -401,7 +402,8 @@ def main():
     prompts = read_prompts(args)
     size = parse_size(args.size) if args.size else None
     device = pick_device(args.device)
-    model = load(args.ckpt, device, DTYPES[args.dtype or ("float16" if device.type == "cuda" else "float32")])
+    dtype = DTYPES[args.dtype or ("float16" if device.type == "cuda" else "float32")]
+    model = load(args.ckpt, device, dtype, args.prediction)
     settings = model.settings
     args.frames = settings.frames if args.frames is None else args.frames
     args.fps = settings.fps if args.fps is None else args.fps

@@ -46,7 +46,7 @@ class ToyError(Exception):
     """A mistake of the user's, told in one line."""
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # What there is, and how it is called
 
 
@@ -82,7 +82,7 @@ def expected(prompt):
                  for names in (COLORS, SHAPES, DIRECTIONS, BACKGROUNDS))
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -128,7 +128,7 @@ def trajectory(direction, times, rng, size=SIZE):
     return (middle + velocity * (np.asarray(times)[:, None] - SECONDS / 2)) * size / SIZE
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -252,7 +252,7 @@ def _write(root, world, progress, workers):
         json.dump(world, file)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Grading. Thresholds are in world pixels and RGB levels; None always means "cannot tell".
 
 FAINT = 48      # RGB distance from the background up to which a pixel belongs to it: noise reaches 20, shapes 120
@@ -437,12 +437,13 @@ def _motion(times, centers):
     return next((name for name, axis in DIRECTIONS.items() if slope @ axis > 0.9 * speed), None), speed
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 def main():
     parser = argparse.ArgumentParser(description="Render the toy world into a folder.")
+    parser.error = lambda message: parser.exit(2, f"toy.py: {message} (see --help)\n")  # one line, without the usage
     parser.add_argument("folder", metavar="DIR", help="absent or empty")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips", type=int, default=432, metavar="N", help="videos (432)")

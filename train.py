@@ -68,9 +68,9 @@ class Config:
     frame_pool: int = 8000  # frames in memory for training a VAE
     drop_caption: float = 0.1  # captions dropped, for classifier-free guidance
 
-    # diffusion, for a model that starts from nothing (a checkpoint brings its own)
-    prediction: str = "epsilon"
-    zero_snr: bool = False
+    # diffusion
+    prediction: str = ""  # "epsilon" or "v"; "" is what the checkpoint says, ε for a model that starts from nothing
+    zero_snr: bool = False  # these two for a model that starts from nothing; a checkpoint brings its own
     spacing: str = "leading"
     timestep_shift: float = 1.0  # s > 1 trains noisy timesteps more often: t = s u / (1 + (s - 1) u), u uniform
     default_fps: float = 30
@@ -174,12 +174,12 @@ def make_model(cfg: Config) -> Model:
     if cfg.model not in PRESETS:
         raise UserError(f"model is one of {', '.join(PRESETS)}, not {cfg.model!r}")
     if cfg.init:
-        model = load(cfg.init)
+        model = load(cfg.init, prediction=cfg.prediction or None)
         settings = model.settings
     else:
         preset = PRESETS[cfg.model]
         unet = replace(preset.unet, mixed_embedding=cfg.mixed_embedding, fps_embedding=cfg.fps_embedding)
-        settings = Settings(prediction=cfg.prediction, zero_snr=cfg.zero_snr, spacing=cfg.spacing)
+        settings = Settings(prediction=cfg.prediction or "epsilon", zero_snr=cfg.zero_snr, spacing=cfg.spacing)
         model = build(replace(preset, unet=unet), settings)
     if cfg.vae:
         donor = load(cfg.vae)
@@ -199,9 +199,11 @@ def data_lists(cfg: Config) -> dict[str, str]:
     lists = {source: getattr(cfg, source) for source in SOURCES}
     if cfg.toy:
         if not os.path.exists(cfg.toy):
-            progress = Progress("render the toy world")
-            toy.render(cfg.toy, clips=cfg.toy_clips, images=cfg.toy_images, captioned=cfg.toy_captioned,
-                       size=cfg.width, progress=progress)
+            try:
+                toy.render(cfg.toy, clips=cfg.toy_clips, images=cfg.toy_images, captioned=cfg.toy_captioned,
+                           size=cfg.width, progress=Progress("render the toy world"))
+            except toy.ToyError as error:
+                raise UserError(f"the toy world: {error}") from error
         files = {"video": "videos.csv", "label": "labels", "caption": "images.jsonl"}
         lists = {source: path or os.path.join(cfg.toy, files[source]) for source, path in lists.items()}
     return {source: path for source, path in lists.items() if path and cfg.mix.get(source)}

@@ -1,6 +1,6 @@
 """The model that ships: UNet and text tower from nothing, on the toy world, on two cores.
 
-The VAE comes from the shipped file; `--vae=runs/tiny_vae/model.safetensors` takes the one that configs/tiny_vae.py made.
+The VAE comes from the shipped file; to make that one too, see the README.
 """
 
 train = "unet"

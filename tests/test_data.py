@@ -83,7 +83,7 @@ class At:
 @pytest.mark.parametrize("rate", ["constant", "variable"])
 @pytest.mark.parametrize("fps, start", [(30, 0.0), (15, 0.21), (8, 0.11), (4, 0.05)])
 def test_frames_are_those_on_screen(tmp_path, rate, fps, start):
-    """Frame k is the one whose presentation interval contains start + k / fps: a loop over the list of times says so."""
+    """Frame k is the one whose presentation interval contains start + k / fps, as a loop over the times says."""
     gaps = [20] * 29 if rate == "constant" else [10 + (7 * n) % 31 for n in range(29)]
     times = np.cumsum([0, *gaps]).tolist()
     numbered_clip(tmp_path / "clip.mp4", times)

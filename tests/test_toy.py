@@ -74,7 +74,7 @@ def world(tmp_path_factory):
     return folder
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Words
 
 
@@ -120,7 +120,7 @@ def test_colours_are_well_apart():
         assert abs(luma(one) - luma(two)) >= 30
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -170,7 +170,7 @@ def test_positions_across_the_motion_and_of_stills_fill_the_frame():
         assert np.histogram(places, 5, (6.75, 57.25))[0].min() > 60
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -278,12 +278,12 @@ def test_bad_commands_say_so_in_one_line(tmp_path, arguments, message):
     done = subprocess.run([sys.executable, toy.__file__, *[word.format(tmp_path) for word in arguments]],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert "usage" in done.stderr or len(done.stderr.splitlines()) == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == ["full"]
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Grading what is right
 
 TRUE = st.fixed_dictionaries({
@@ -340,7 +340,7 @@ def test_stills_do_not_move_and_unrelated_frames_have_no_direction():
         np.testing.assert_allclose(grade.centers - loose, (grade.centers - loose)[:1].repeat(16, 0), atol=0.2)
 
 
-# -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Grading what is wrong
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import train
 from checkpoint import UserError, load
-from conftest import ROOT
 from data import EncodedClips
 from grid import fold, unfold
 from sample import NoiseSchedule, denoise
@@ -32,7 +32,8 @@ def test_every_config_reads(path):
 
 
 def test_overrides_go_last():
-    cfg = train.read_config(f"{ROOT}/configs/ci.py", ["--batch_size=8", "--lr=1", "--out_dir=/tmp/x", "--betas=[0.9,0.95]"])
+    overrides = ["--batch_size=8", "--lr=1", "--out_dir=/tmp/x", "--betas=[0.9,0.95]"]
+    cfg = train.read_config(f"{ROOT}/configs/ci.py", overrides)
     assert (cfg.batch_size, cfg.lr, cfg.out_dir, cfg.betas) == (8, 1.0, "/tmp/x", (0.9, 0.95))
     assert type(cfg.lr) is float and cfg.frames == 4
 
@@ -55,8 +56,8 @@ def test_bad_configs_are_refused(tmp_path, text):
         train.read_config(str(tmp_path / "c.py"), [])
 
 
-@pytest.mark.parametrize("override, says", [("--max_step=3", "did you mean 'max_steps'"), ("max_steps=3", "--name=value"),
-                                            ("--max_steps=many", "of type int")])
+@pytest.mark.parametrize("override, says", [
+    ("--max_step=3", "did you mean 'max_steps'"), ("max_steps=3", "--name=value"), ("--max_steps=many", "of type int")])
 def test_bad_overrides_are_refused(override, says):
     with pytest.raises(UserError, match=re.escape(says)):
         train.read_config(f"{ROOT}/configs/ci.py", [override])
