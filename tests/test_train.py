@@ -109,7 +109,7 @@ def test_a_narrow_base_takes_a_step(world, tmp_path, monkeypatch):
     monkeypatch.setitem(train.PRESETS, "sd21", narrow)
     overrides = ["--init=", f"--toy={world}", "--video=", "--label=", "--caption=", f"--encoded={tmp_path}/encoded",
                  f"--out_dir={tmp_path}/run", "--width=32", "--height=32", "--fps_values=(4, 8)", "--batch_size=4",
-                 "--max_steps=1", "--dtype=bfloat16", "--prompts=()"]
+                 "--max_steps=1", "--dtype=bfloat16", "--prompts=()", "--draws=1"]
     cfg = train.read_config(f"{ROOT}/configs/base.py", overrides)
     assert cfg.frames == 16 and cfg.checkpointing and cfg.mix == {"video": 2, "label": 1, "caption": 1}
     train.train(cfg)
@@ -128,7 +128,7 @@ def ci_options(world, folder):
 
 
 def launch(arguments, ranks=1, **options):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"] if ranks > 1 else []
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *torchrun, "train.py", "configs/ci.py", *arguments], cwd=ROOT, text=True,
                           capture_output=True, timeout=300, env=environment, **options)
@@ -211,30 +211,21 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished, world, tmp_path
 
 
 def test_two_ranks_meet_the_same_global_batch(finished, world, tmp_path):
-    """Two ranks with half the batch: the same samples, hence about the same first loss, and one set of weights."""
+    """Two ranks run, one of them prepares the data, and together they meet the batch that one rank meets alone."""
     done = launch([*ci_options(world, tmp_path), "--batch_size=2", "--max_steps=3", "--sheet_every=3"], ranks=2)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3 and all(json.loads(line)["grad_norm"] > 0 for line in lines)
-
-
-def test_mean_gradient_of_two_ranks_is_that_of_one(world, tmp_path):
-    """Accumulating two micro-batches on one rank gives the update of two ranks: compared through the weights."""
-    for folder, ranks, accumulate in (("one", 1, 2), ("two", 1, 1)):
-        options = ci_options(world, tmp_path / folder)
-        options[1] = f"--encoded={tmp_path}/encoded"
-        done = launch([*options, "--max_steps=1", "--prompts=()", f"--accumulate={accumulate}",
-                       f"--batch_size={4 // accumulate}"], ranks)
-        assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / folder / "run" / "metrics.jsonl").read_text()) for folder in ("one", "two"))
-    assert one["loss_video"] > 0 and two["loss_video"] > 0
+    one, two = ([line["source"] for line in EncodedClips(str(folder / "encoded")).index] for folder in
+                (finished[0], tmp_path))
+    assert one == two
 
 
 def test_vae_trains(world, tmp_path):
     done = launch([*ci_options(world, tmp_path), "--train=vae", "--max_steps=60", "--frame_pool=64", "--lr=5e-3"])
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert np.mean([line["loss"] for line in lines[-10:]]) < 0.3 * np.mean([line["loss"] for line in lines[:5]])
+    assert np.mean([line["loss"] for line in lines[-10:]]) < 0.3 * lines[0]["loss"]
     model = load(str(tmp_path / "run" / "model.safetensors"))
     frames = torch.randint(0, 255, (8, 3, 32, 32)) / 127.5 - 1
     with torch.no_grad():
