@@ -143,7 +143,7 @@ def test_latent_sides_that_cannot_be_halved_are_refused(pair):
 
 # Half precision. SD 2.1 is known to overflow fp16 when q.k is scaled by 1/sqrt(d) only after the product. Here, on a
 # CPU and at reduced size, queries and keys are blown up until late scaling would overflow, and it is checked that it
-# would; a GPU at 128x128 latents runs the same fused kernel.
+# would. The size of the grid, 128x128 latents, takes four minutes on a CPU: run it with -m slow.
 
 
 @pytest.mark.parametrize("dtype, expected_error", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
@@ -160,8 +160,9 @@ def test_half_precision_is_close_to_full(pair, dtype, expected_error):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gradients", [False, True])
-def test_no_overflow_where_late_scaling_would(pair, dtype, gradients):
+@pytest.mark.parametrize("side, gradients", [
+    (16, False), (16, True), pytest.param(128, False, marks=pytest.mark.slow)])
+def test_no_overflow_where_late_scaling_would(pair, dtype, side, gradients):
     unet = UNet(pair[1].unet.cfg).eval()
     unet.load_state_dict(pair[1].unet.state_dict())
     largest = []
@@ -169,6 +170,7 @@ def test_no_overflow_where_late_scaling_would(pair, dtype, gradients):
     def measure(attention, args):
         x, (k, _) = args
         q = attention.to_q(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        q = q[:, :, :: max(1, q.shape[2] // 256)]  # some of the queries will do
         largest.append((q.float() @ k.float().mT).abs().max().item())
 
     for name, module in unet.named_modules():
@@ -177,7 +179,7 @@ def test_no_overflow_where_late_scaling_would(pair, dtype, gradients):
             module.to_k.weight.data *= 80
             module.register_forward_pre_hook(measure)
     unet.to(dtype)
-    x, t, context = inputs()
+    x, t, context = inputs(side, side, batch=1)
     with torch.set_grad_enabled(gradients):
         out = unet(10 * x, t, context.to(dtype))
     assert max(largest) > torch.finfo(torch.float16).max, "the test does not test"
