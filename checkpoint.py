@@ -37,6 +37,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512x320" -> (512, 320): width, height."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise UserError(f"--size {text!r} is not of the form WIDTHxHEIGHT, like 256x256")
+    return int(match[1]), int(match[2])
+
+
 def command_line(main):
     """Run `main`; a UserError becomes one line on stderr and status 2, a bug keeps its traceback."""
     try:

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import Parser, UserError, command_line, load
+from checkpoint import Parser, UserError, command_line, load, parse_size
 
 VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
 LABEL_FPS, CAPTION_FPS = 0, 120
@@ -336,9 +336,8 @@ def main():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     lists = {source: getattr(args, source) for source in SOURCES if getattr(args, source)}
-    size = tuple(int(side) for side in args.size.split("x"))
-    encode(load(args.ckpt, args.device), lists, args.out, frames=args.frames, size=size, fps_values=args.fps,
-           starts=args.starts, draws=args.draws, seed=args.seed)
+    encode(load(args.ckpt, args.device), lists, args.out, frames=args.frames, size=parse_size(args.size),
+           fps_values=args.fps, starts=args.starts, draws=args.draws, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from checkpoint import Model, Parser, Settings, UserError, command_line, load
+from checkpoint import Model, Parser, Settings, UserError, command_line, load, parse_size
 from grid import fold, grid_shape, unfold
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,14 +265,6 @@ WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}
 
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny.safetensors")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "512x320" -> (512, 320): width, height."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise UserError(f"--size {text!r} is not of the form WIDTHxHEIGHT, like 256x256")
-    return int(match[1]), int(match[2])
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -46,22 +46,22 @@ class Config:
     vae: str = ""  # the checkpoint to take the VAE and its latent scale from, when not `init`
     train_text: bool = False  # the text tower too; Stable Diffusion keeps it frozen
     mixed_embedding: bool = True  # off for ablations
-    fps_embedding: bool = True
+    fps_embedding: bool = True  # likewise
     checkpointing: bool = False  # recompute activations in backward: a third more time, a fraction of the memory
 
     # data
     toy: str = ""  # folder of the toy world, rendered when missing; its lists are used where none are given
-    toy_clips: int = 864  # videos, images a label, captioned images
-    toy_images: int = 16
-    toy_captioned: int = 720
+    toy_clips: int = 864  # videos
+    toy_images: int = 16  # images a label
+    toy_captioned: int = 720  # captioned images
     video: str = ""  # lists, see data.py
-    label: str = ""
-    caption: str = ""
+    label: str = ""  # folder of folders of images
+    caption: str = ""  # JSON lines of captioned images
     encoded: str = ""  # folder of their latents, encoded when missing
     mix: dict = field(default_factory=lambda: {"video": 2, "label": 1, "caption": 1})  # shares of a batch
-    frames: int = 16
-    width: int = 256
-    height: int = 256
+    frames: int = 16  # of a clip; they must make a grid, see grid.py
+    width: int = 256  # of a frame, in pixels
+    height: int = 256  # likewise
     fps_values: tuple = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
     starts: int = 1  # encoded samples a clip and FPS
     draws: int = 16  # encoded samples a label
@@ -71,35 +71,35 @@ class Config:
     # diffusion
     prediction: str = ""  # "epsilon" or "v"; "" is what the checkpoint says, ε for a model that starts from nothing
     zero_snr: bool = False  # these two for a model that starts from nothing; a checkpoint brings its own
-    spacing: str = "leading"
+    spacing: str = "leading"  # of the sampler's timesteps; "trailing" goes with zero_snr
     timestep_shift: float = 1.0  # s > 1 trains noisy timesteps more often: t = s u / (1 + (s - 1) u), u uniform
-    default_fps: float = 30
-    guidance: float = 7.0
+    default_fps: float = 30  # what sampling asks for when the user does not
+    guidance: float = 7.0  # likewise
 
     # VAE
-    kl_weight: float = 1e-6
+    kl_weight: float = 1e-6  # of the KL a latent number, beside the squared error a pixel
 
     # optimizer
-    max_steps: int = 15_000
+    max_steps: int = 15_000  # in total, resumed or not
     batch_size: int = 6  # a process; times `accumulate` times processes is what one step sees
-    accumulate: int = 1
-    lr: float = 1e-4
+    accumulate: int = 1  # micro-batches a step
+    lr: float = 1e-4  # 5.1
     warmup: int = 0  # steps of linear warm-up
     cooldown: int = 0  # last steps, linearly down to 0
     betas: tuple = (0.9, 0.9)  # E.2
-    weight_decay: float = 0.03
+    weight_decay: float = 0.03  # E.2
     clip: float = 1.0  # global gradient norm
     ema: float = 0.0  # decay of the weights' moving average, 0 for none; it warms up as (1 + n) / (10 + n)
     dtype: str = "float16"  # of autocast: float32, bfloat16 or float16; weights are always fp32
 
     # the run
-    out_dir: str = "runs/base"
-    seed: int = 0
-    log_every: int = 10
+    out_dir: str = "runs/base"  # checkpoints, metrics.jsonl, sheets, model.safetensors
+    seed: int = 0  # of weights, order, timesteps and noise
+    log_every: int = 10  # steps
     sheet_every: int = 500  # sample sheet, with `prompts`
-    save_every: int = 500
+    save_every: int = 500  # a checkpoint to resume from
     keep: int = 2  # checkpoints
-    prompts: tuple = ()
+    prompts: tuple = ()  # of the sheet
     licence: str = ""  # of the data and the base weights, for the file's header
 
 
@@ -136,7 +136,23 @@ def read_config(path: str, overrides: list[str]) -> Config:
         except (ValueError, SyntaxError):
             value = text  # a bare word is a string
         check_value(values, name, value, override)
-    return Config(**values)
+    cfg = Config(**values)
+    check_config(cfg)
+    return cfg
+
+
+def check_config(cfg: Config):
+    """Raise UserError on values of the right type that mean nothing."""
+    choices = {"train": ("unet", "vae"), "dtype": ("float32", "bfloat16", "float16"), "model": tuple(PRESETS)}
+    for name, known in choices.items():
+        if getattr(cfg, name) not in known:
+            raise UserError(f"{name} is one of {', '.join(known)}, not {getattr(cfg, name)!r}")
+    if cfg.train == "unet" and not cfg.encoded:
+        raise UserError("encoded must name the folder of encoded clips; it is made when it is not there")
+    try:
+        grid_shape(cfg.frames)
+    except ValueError as error:
+        raise UserError(f"frames: {error}") from error
 
 
 def check_value(values: dict, name: str, value, where: str):
@@ -171,8 +187,6 @@ PRESETS = {"micro": models.MICRO, "tiny": models.TINY, "sd15": models.SD15, "sd2
 
 def make_model(cfg: Config) -> Model:
     """The model that training starts from, on the CPU in fp32."""
-    if cfg.model not in PRESETS:
-        raise UserError(f"model is one of {', '.join(PRESETS)}, not {cfg.model!r}")
     if cfg.init:
         model = load(cfg.init, prediction=cfg.prediction or None)
         settings = model.settings
