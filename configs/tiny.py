@@ -1,11 +1,7 @@
-"""The model that ships: UNet and text tower from nothing, on the toy world, on two cores.
-
-The VAE comes from the shipped file; to make that one too, see the README.
-"""
+"""The model that ships, last of three: everything together, from what configs/tiny_stills.py made."""
 
 train = "unet"
-model = "tiny"
-vae = "weights/tiny.safetensors"
+init = "runs/tiny_stills/model.safetensors"
 train_text = True
 out_dir = "runs/tiny"
 
@@ -27,11 +23,11 @@ timestep_shift = 2.0  # 1024 latent pixels agree on one background: it is decide
 default_fps = 8
 guidance = 4.0  # chosen on the validation triples: python eval.py toy --split val
 
-max_steps = 6000
+max_steps = 3400
 batch_size = 16
-lr = 6e-4
-warmup = 200
-cooldown = 1500
+lr = 1e-3
+warmup = 20
+cooldown = 1200
 betas = (0.9, 0.99)
 weight_decay = 0.01
 ema = 0.999
