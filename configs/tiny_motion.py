@@ -24,11 +24,11 @@ default_fps = 8
 guidance = 4.0  # chosen on the validation triples: python eval.py toy --split val
 
 seed = 3  # not the noise of the runs before
-max_steps = 12_000
+max_steps = 9000
 batch_size = 16
 lr = 6e-4
 warmup = 50
-cooldown = 3000
+cooldown = 2500
 betas = (0.9, 0.99)
 weight_decay = 0.01
 ema = 0.999
