@@ -1,4 +1,4 @@
-"""The model that ships, last of three: everything together, from what configs/tiny_stills.py made."""
+"""The tiny model, third of four: everything together, from what configs/tiny_stills.py made."""
 
 train = "unet"
 init = "runs/tiny_stills/model.safetensors"
@@ -21,7 +21,7 @@ zero_snr = True
 spacing = "trailing"
 timestep_shift = 2.0  # 1024 latent pixels agree on one background: it is decided where the signal is 1/1000
 default_fps = 8
-guidance = 4.0  # chosen on the validation triples: python eval.py toy --split val
+guidance = 4.0
 
 max_steps = 3400
 batch_size = 16

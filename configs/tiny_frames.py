@@ -1,4 +1,4 @@
-"""The tiny model, first of three: UNet and text tower from nothing, until a frame looks like a frame.
+"""The tiny model, first of four: UNet and text tower from nothing, until a frame looks like a frame.
 
 The VAE comes from the shipped file; to make that one too, see the README. Frames do not agree with each other yet.
 """
@@ -25,7 +25,7 @@ zero_snr = True
 spacing = "trailing"
 timestep_shift = 2.0  # 1024 latent pixels agree on one background: it is decided where the signal is 1/1000
 default_fps = 8
-guidance = 4.0  # chosen on the validation triples: python eval.py toy --split val
+guidance = 4.0
 
 max_steps = 2500
 batch_size = 16

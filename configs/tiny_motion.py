@@ -21,7 +21,7 @@ zero_snr = True
 spacing = "trailing"
 timestep_shift = 2.0  # 1024 latent pixels agree on one background: it is decided where the signal is 1/1000
 default_fps = 8
-guidance = 4.0  # chosen on the validation triples: python eval.py toy --split val
+guidance = 4.0
 
 seed = 3  # not the noise of the runs before
 max_steps = 9000

@@ -1,4 +1,4 @@
-"""The tiny model, second of three: attention between frames, learned where it is easiest.
+"""The tiny model, second of four: attention between frames, learned where it is easiest.
 
 A captioned image repeated is sixteen noisy views of the same picture: whoever looks at the other frames sees it
 sooner. On video that habit starts very late; taken over from stills, it is there at once.
@@ -25,7 +25,7 @@ zero_snr = True
 spacing = "trailing"
 timestep_shift = 2.0  # 1024 latent pixels agree on one background: it is decided where the signal is 1/1000
 default_fps = 8
-guidance = 4.0  # chosen on the validation triples: python eval.py toy --split val
+guidance = 4.0
 
 max_steps = 350
 batch_size = 16

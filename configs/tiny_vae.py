@@ -1,4 +1,4 @@
-"""The VAE of the tiny model, from nothing on the toy world: ten minutes on two cores."""
+"""The VAE of the tiny model, from nothing on the toy world: a quarter of an hour on two cores."""
 
 train = "vae"
 model = "tiny"
