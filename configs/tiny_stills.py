@@ -19,10 +19,6 @@ starts = 1
 draws = 20
 mix = {"caption": 1}
 
-# SD's own schedule never reaches pure noise, so flat backgrounds leak through to training but not to sampling
-prediction = "v"
-zero_snr = True
-spacing = "trailing"
 timestep_shift = 2.0  # 1024 latent pixels agree on one background: it is decided where the signal is 1/1000
 default_fps = 8
 guidance = 4.0
