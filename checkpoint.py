@@ -668,7 +668,7 @@ def fresh_projections(unet: UNet, device, dtype) -> dict[str, torch.Tensor]:
     tensors = {}
     for name in ("time_proj", "fps_proj"):
         layers = getattr(unet, name).to_empty(device="cpu")
-        initialize(layers, generator)
+        initialize(layers, generator=generator)
         zero(layers[-1])
         tensors |= {f"{name}.{k}": tensor for k, tensor in layers.to(device, dtype).state_dict().items()}
     return tensors

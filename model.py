@@ -74,14 +74,14 @@ class TextConfig:
 # Residual block, down- and upsampling
 
 
-def initialize(net: nn.Module, generator: torch.Generator | None = None):
-    """Fresh weights: every layer keeps the variance of what passes through it, every residual branch starts at zero.
+def initialize(net: nn.Module, kinds=(nn.Conv2d, nn.Linear), generator: torch.Generator | None = None):
+    """Fresh weights: layers of these kinds keep the variance of what passes, every residual branch starts at zero.
 
     PyTorch's default shrinks a signal by sqrt(3) a layer; through the twenty layers between the latent and the pixels
     of a VAE nothing is left of it, and a flat colour takes thousands of steps to learn instead of a hundred.
     """
     for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
+        if isinstance(m, kinds):
             nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5, generator=generator)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
@@ -308,7 +308,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
                 c = width
         self.out = nn.Sequential(*norm_act_conv(cfg.norm_groups, c, cfg.latent_channels))
-        initialize(self)
+        # attention needs logits that differ from the start; convolutions keep PyTorch's default, from which a denoiser
+        # learns the high-pass that it is at low noise in half the steps
+        initialize(self, nn.Linear)
         zero(self.out[2])
         if cfg.fps_embedding:  # the branch adds nothing to Stable Diffusion before it is trained
             zero(self.time_proj[-1])
@@ -521,6 +523,10 @@ class TextEncoder(nn.Module):
         self.model = TextTransformer(
             cfg.length, cfg.vocab, cfg.width, cfg.heads, cfg.layers, output_dim=cfg.projection or None,
             act_layer=QuickGELU if cfg.quick_gelu else nn.GELU)
+        # open_clip starts tokens at 0.02, far below what a block adds: a tower that learns from a denoiser then forgets
+        # the words of motion before the denoiser has a use for them, and never gets them back
+        nn.init.normal_(self.model.token_embedding.weight)
+        nn.init.normal_(self.model.positional_embedding, std=0.1)
 
     def tokenize(self, prompts: list[str]):
         """Token ids (B, 77), and for each prompt the text that did not fit ("" when all did)."""
