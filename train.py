@@ -253,7 +253,7 @@ class Denoising(nn.Module):
         self.grid, self.shift = grid_shape(cfg.frames), cfg.timestep_shift
 
     def forward(self, latents, tokens, fps, u, eps):
-        """latents (B, T, 4, h, w) clean, tokens (B, 77), fps (B,), u (B,) uniform in 0..1, eps like the folded grid."""
+        """latents (B, T, 4, h, w) clean, tokens (B, L), fps (B,), u (B,) uniform in 0..1, eps like the folded grid."""
         x0 = fold(latents, *self.grid)
         t = (self.shift * u / (1 + (self.shift - 1) * u) * self.schedule.timesteps).long()
         output = self.unet(self.schedule.add_noise(x0, eps, t), t, self.text(tokens), fps, self.grid)
