@@ -1,4 +1,4 @@
-"""The tiny model, first of two: UNet and text tower from nothing, on slow motion.
+"""The tiny model, first of four: UNet and text tower from nothing, on slow motion.
 
 At 4 FPS sixteen frames span most of a clip, and with them most of the picture: where a shape is follows from the
 direction in the caption and the number of the frame. At 60 FPS it follows from nothing. The VAE comes from the shipped
@@ -29,7 +29,7 @@ timestep_shift = 2.0  # 1024 latent pixels agree on one background: it is decide
 default_fps = 4
 guidance = 4.0
 
-max_steps = 5000
+max_steps = 2000
 batch_size = 8
 lr = 4e-4
 warmup = 50
