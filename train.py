@@ -72,6 +72,7 @@ class Config:
     prediction: str = ""  # "epsilon" or "v"; "" is what the checkpoint says, ε for a model that starts from nothing
     zero_snr: bool = False  # these two for a model that starts from nothing; a checkpoint brings its own
     spacing: str = "leading"  # of the sampler's timesteps; "trailing" goes with zero_snr
+    timesteps: tuple = (0, 1000)  # trained are those from the first up to, not with, the last
     timestep_shift: float = 1.0  # s > 1 trains noisy timesteps more often: t = s u / (1 + (s - 1) u), u uniform
     default_fps: float = 30  # what sampling asks for when the user does not
     guidance: float = 7.0  # likewise
@@ -149,6 +150,9 @@ def check_config(cfg: Config):
             raise UserError(f"{name} is one of {', '.join(known)}, not {getattr(cfg, name)!r}")
     if cfg.train == "unet" and not cfg.encoded:
         raise UserError("encoded must name the folder of encoded clips; it is made when it is not there")
+    first, last = cfg.timesteps if len(cfg.timesteps) == 2 else (0, 0)
+    if not 0 <= first < last <= NoiseSchedule.timesteps:
+        raise UserError(f"timesteps is a range in (0, {NoiseSchedule.timesteps}), not {cfg.timesteps}")
     try:
         grid_shape(cfg.frames)
     except ValueError as error:
@@ -250,12 +254,13 @@ class Denoising(nn.Module):
         if not cfg.train_text:
             self.text.requires_grad_(False)
         self.schedule = NoiseSchedule(model.settings)
-        self.grid, self.shift = grid_shape(cfg.frames), cfg.timestep_shift
+        self.grid, self.timesteps, self.shift = grid_shape(cfg.frames), cfg.timesteps, cfg.timestep_shift
 
     def forward(self, latents, tokens, fps, u, eps):
         """latents (B, T, 4, h, w) clean, tokens (B, L), fps (B,), u (B,) uniform in 0..1, eps like the folded grid."""
         x0 = fold(latents, *self.grid)
-        t = (self.shift * u / (1 + (self.shift - 1) * u) * self.schedule.timesteps).long()
+        first, last = self.timesteps
+        t = (first + self.shift * u / (1 + (self.shift - 1) * u) * (last - first)).long()
         output = self.unet(self.schedule.add_noise(x0, eps, t), t, self.text(tokens), fps, self.grid)
         error = output.float() - self.schedule.target(x0, eps, t)
         return error.square().mean(dim=(1, 2, 3))
