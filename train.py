@@ -150,9 +150,9 @@ def check_config(cfg: Config):
             raise UserError(f"{name} is one of {', '.join(known)}, not {getattr(cfg, name)!r}")
     if cfg.train == "unet" and not cfg.encoded:
         raise UserError("encoded must name the folder of encoded clips; it is made when it is not there")
-    first, last = cfg.timesteps if len(cfg.timesteps) == 2 else (0, 0)
-    if not 0 <= first < last <= NoiseSchedule.timesteps:
-        raise UserError(f"timesteps is a range in (0, {NoiseSchedule.timesteps}), not {cfg.timesteps}")
+    whole = len(cfg.timesteps) == 2 and all(type(t) is int for t in cfg.timesteps)
+    if not whole or not 0 <= cfg.timesteps[0] < cfg.timesteps[1] <= NoiseSchedule.timesteps:
+        raise UserError(f"timesteps are two rising whole numbers in 0..{NoiseSchedule.timesteps}, not {cfg.timesteps}")
     try:
         grid_shape(cfg.frames)
     except ValueError as error:

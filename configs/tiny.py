@@ -30,7 +30,7 @@ timesteps = (600, 850)
 default_fps = 4
 guidance = 4.0
 
-max_steps = 2000
+max_steps = 1500
 batch_size = 16
 lr = 6e-4
 warmup = 50
