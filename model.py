@@ -309,7 +309,7 @@ class UNet(nn.Module):
                 c = width
         self.out = nn.Sequential(*norm_act_conv(cfg.norm_groups, c, cfg.latent_channels))
         # attention needs logits that differ from the start; convolutions keep PyTorch's default, from which a denoiser
-        # learns the high-pass that it is at low noise in half the steps
+        # sooner learns the high-pass that it is at low noise
         initialize(self, nn.Linear)
         zero(self.out[2])
         if cfg.fps_embedding:  # the branch adds nothing to Stable Diffusion before it is trained
