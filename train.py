@@ -260,7 +260,8 @@ class Denoising(nn.Module):
         """latents (B, T, 4, h, w) clean, tokens (B, L), fps (B,), u (B,) uniform in 0..1, eps like the folded grid."""
         x0 = fold(latents, *self.grid)
         first, last = self.timesteps
-        t = (first + self.shift * u / (1 + (self.shift - 1) * u) * (last - first)).long()
+        t = first + self.shift * u / (1 + (self.shift - 1) * u) * (last - first)
+        t = t.long().clamp(max=last - 1)  # the largest u below 1 can round up to 1
         output = self.unet(self.schedule.add_noise(x0, eps, t), t, self.text(tokens), fps, self.grid)
         error = output.float() - self.schedule.target(x0, eps, t)
         return error.square().mean(dim=(1, 2, 3))
