@@ -23,7 +23,7 @@ default_fps = 4
 guidance = 4.0
 
 seed = 1  # not the noise of the run before
-max_steps = 2500
+max_steps = 4000
 batch_size = 16
 lr = 6e-4
 warmup = 50
