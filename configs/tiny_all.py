@@ -20,11 +20,11 @@ default_fps = 4
 guidance = 4.0
 
 seed = 2  # not the noise of the runs before
-max_steps = 4400
+max_steps = 3500
 batch_size = 16
 lr = 6e-4
 warmup = 50
-cooldown = 1800
+cooldown = 1500
 betas = (0.9, 0.99)
 weight_decay = 0.01
 ema = 0.999
