@@ -20,7 +20,7 @@ default_fps = 4
 guidance = 4.0
 
 seed = 2  # not the noise of the runs before
-max_steps = 3500
+max_steps = 4000
 batch_size = 16
 lr = 6e-4
 warmup = 50
