@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 import model as models
 import toy
 from checkpoint import Model, Settings, UserError, build, command_line, load, save
-from data import SOURCES, EncodedClips, Stream, encode, frame_pool, generator
+from data import SOURCES, EncodedClips, Faults, LiveClips, Spec, Stream, batches, generator
 from grid import fold, grid_shape
+from prepare import encode, frame_pool
 from sample import NoiseSchedule, generate, to_uint8, write_png
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,17 +55,21 @@ class Config:
     toy_clips: int = 864  # videos
     toy_images: int = 16  # images a label
     toy_captioned: int = 720  # captioned images
-    video: str = ""  # lists, see data.py
-    label: str = ""  # folder of folders of images
-    caption: str = ""  # JSON lines of captioned images
-    encoded: str = ""  # folder of their latents, encoded when missing
+    video: str = ""  # list of clips; what lists may be is said in data.py
+    label: str = ""  # folder of folders of images, or a file of their names
+    caption: str = ""  # list of captioned images
+    encoded: str = ""  # folder of their latents, encoded when missing; "" decodes and encodes live
+    workers: int = 0  # processes that read ahead; decoding live wants them
+    max_bad: float = 0.1  # share of the samples that may be unusable
     mix: dict = field(default_factory=lambda: {"video": 2, "label": 1, "caption": 1})  # shares of a batch
     frames: int = 16  # of a clip; they must make a grid, see grid.py
     width: int = 256  # of a frame, in pixels
     height: int = 256  # likewise
     fps_values: tuple = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
-    starts: int = 1  # encoded samples a clip and FPS
-    draws: int = 16  # encoded samples a label
+    starts: int = 1  # different starts a clip and FPS
+    draws: int = 16  # different sets of images a label
+    random_crop: bool = False  # else the middle
+    flip: bool = False  # mirror half of the samples whose caption cannot mention a side
     frame_pool: int = 8000  # frames in memory for training a VAE
     drop_caption: float = 0.1  # captions dropped, for classifier-free guidance
 
@@ -148,8 +153,6 @@ def check_config(cfg: Config):
     for name, known in choices.items():
         if getattr(cfg, name) not in known:
             raise UserError(f"{name} is one of {', '.join(known)}, not {getattr(cfg, name)!r}")
-    if cfg.train == "unet" and not cfg.encoded:
-        raise UserError("encoded must name the folder of encoded clips; it is made when it is not there")
     whole = len(cfg.timesteps) == 2 and all(type(t) is int for t in cfg.timesteps)
     if not whole or not 0 <= cfg.timesteps[0] < cfg.timesteps[1] <= NoiseSchedule.timesteps:
         raise UserError(f"timesteps are two rising whole numbers in 0..{NoiseSchedule.timesteps}, not {cfg.timesteps}")
@@ -244,25 +247,29 @@ class Progress:
 
 
 class Denoising(nn.Module):
-    """Mean squared error of the UNet's prediction: forward gives the loss of each sample (B,)."""
+    """Mean squared error of the UNet's prediction: forward gives the loss of each sample (B,).
 
-    def __init__(self, model: Model, cfg: Config):
+    text  the tower, or None where the context was encoded ahead
+    """
+
+    def __init__(self, model: Model, cfg: Config, text: nn.Module | None):
         super().__init__()
-        self.unet, self.text = model.unet, model.text
+        self.unet, self.text = model.unet, text
         self.unet.checkpointing = cfg.checkpointing
-        self.tokenize = model.text.tokenize
         if not cfg.train_text:
-            self.text.requires_grad_(False)
+            model.text.requires_grad_(False)
         self.schedule = NoiseSchedule(model.settings)
         self.grid, self.timesteps, self.shift = grid_shape(cfg.frames), cfg.timesteps, cfg.timestep_shift
 
-    def forward(self, latents, tokens, fps, u, eps):
-        """latents (B, T, 4, h, w) clean, tokens (B, L), fps (B,), u (B,) uniform in 0..1, eps like the folded grid."""
+    def forward(self, latents, prompt, fps, u, eps):
+        """latents (B, T, 4, h, w) clean, prompt: tokens (B, L) or context (B, L, D), fps (B,), u (B,) uniform in 0..1,
+        eps like the folded grid."""
         x0 = fold(latents, *self.grid)
         first, last = self.timesteps
         t = first + self.shift * u / (1 + (self.shift - 1) * u) * (last - first)
         t = t.long().clamp(max=last - 1)  # the largest u below 1 can round up to 1
-        output = self.unet(self.schedule.add_noise(x0, eps, t), t, self.text(tokens), fps, self.grid)
+        context = self.text(prompt) if self.text else prompt
+        output = self.unet(self.schedule.add_noise(x0, eps, t), t, context, fps, self.grid)
         error = output.float() - self.schedule.target(x0, eps, t)
         return error.square().mean(dim=(1, 2, 3))
 
@@ -289,21 +296,31 @@ class Autoencoding(nn.Module):
 class UNetTask:
     """Batches and loss of training the denoiser."""
 
-    def __init__(self, model: Model, cfg: Config, clips: EncodedClips, rank: int, world: int):
-        self.module = Denoising(model, cfg)
-        self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.frames, model.settings.latent_scale, cfg.seed,
-                             rank, world, cfg.drop_caption)
+    def __init__(self, model: Model, cfg: Config, clips: LiveClips | EncodedClips, rank: int, world: int):
+        self.cfg, self.vae, self.scale = cfg, model.vae, model.settings.latent_scale
+        if cfg.train_text:
+            clips.empty_context = None  # no context but the tower's own
+        self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.seed, rank, world, cfg.drop_caption)
+        self.tokenize = model.text.tokenize
+        self.module = Denoising(model, cfg, model.text if clips.empty_context is None else None)
+        self.faults = Faults(cfg.max_bad)
 
-    def batch(self, n: int, noise: torch.Generator):
-        """The n-th micro-batch of this rank: (names of the sources, arguments of the module)."""
-        batch = self.stream.batch(n)
-        B, T, C, h, w = batch.latents.shape
+    def begin(self, first: int, last: int):
+        """Be ready for the micro-batches first..last-1 of this rank, in this order."""
+        self.loader = batches(self.stream, first, last, self.cfg.workers)
+
+    def batch(self, noise: torch.Generator):
+        """The next micro-batch: (names of the sources, arguments of the module)."""
+        batch = next(self.loader)
+        self.faults.add(batch)
+        latents = batch.latents(self.vae, self.scale, self.cfg.frames)
+        B, T, C, h, w = latents.shape
         rows, cols = self.module.grid
         # one timestep a stratum: the loss of a batch is less of a lottery
         u = (torch.arange(B) + torch.rand(B, generator=noise))[torch.randperm(B, generator=noise)] / B
         eps = torch.randn(B, C, rows * h, cols * w, generator=noise)
-        tokens = self.module.tokenize(batch.captions)[0]
-        return batch.sources, (batch.latents, tokens, batch.fps, u, eps)
+        prompt = self.tokenize(batch.captions)[0] if batch.context is None else batch.context
+        return batch.sources, (latents, prompt, batch.fps, u, eps)
 
 
 class VAETask:
@@ -315,7 +332,10 @@ class VAETask:
         self.batch_size, self.factor = cfg.batch_size, model.vae.cfg.downsampling
         self.channels = model.vae.cfg.latent_channels
 
-    def batch(self, n: int, noise: torch.Generator):
+    def begin(self, first: int, last: int):
+        """Batches are drawn from memory: there is nothing to make ready."""
+
+    def batch(self, noise: torch.Generator):
         chosen = torch.randint(len(self.pool), (self.batch_size,), generator=noise)
         images = self.pool[chosen].float() / 127.5 - 1
         h, w = (side // self.factor for side in images.shape[-2:])
@@ -399,15 +419,33 @@ def prepare(cfg: Config, model: Model, rank: int, world: int, device):
     if rank == 0:
         os.makedirs(cfg.out_dir, exist_ok=True)
         lists = data_lists(cfg)
-        if cfg.train == "unet" and not os.path.exists(cfg.encoded):
-            model.vae.to(device)
-            encode(model, lists, cfg.encoded, frames=cfg.frames, size=(cfg.width, cfg.height),
-                   fps_values=cfg.fps_values, starts=cfg.starts, draws=cfg.draws, seed=cfg.seed)
+        if cfg.train == "unet" and cfg.encoded and not os.path.exists(cfg.encoded):
+            model.vae.to(device), model.text.to(device)
+            encode(model, lists, cfg.encoded, sample_spec(cfg), text=not cfg.train_text)
     if world > 1:
         dist.barrier()
-    if cfg.train == "unet":
-        return UNetTask(model, cfg, EncodedClips(cfg.encoded), rank, world)
-    return VAETask(model, cfg, data_lists(cfg))
+    if cfg.train == "vae":
+        return VAETask(model, cfg, data_lists(cfg))
+    return UNetTask(model, cfg, open_clips(cfg, model, device), rank, world)
+
+
+def sample_spec(cfg: Config) -> Spec:
+    return Spec(cfg.frames, cfg.width, cfg.height, tuple(cfg.fps_values), cfg.starts, cfg.draws, cfg.random_crop,
+                cfg.flip, cfg.seed)
+
+
+def open_clips(cfg: Config, model: Model, device) -> LiveClips | EncodedClips:
+    """The samples of a run. Raises UserError when those encoded ahead are of other options than the config's."""
+    if not cfg.encoded:
+        model.vae.to(device, memory_format=torch.channels_last)
+        return LiveClips(data_lists(cfg), sample_spec(cfg))
+    clips, wanted = EncodedClips(cfg.encoded), sample_spec(cfg)
+    for name in ("frames", "width", "height", "fps_values", "starts", "draws", "random_crop", "flip"):
+        theirs, ours = getattr(clips.spec, name), getattr(wanted, name)
+        if theirs != ours:
+            raise UserError(f"{cfg.encoded} was encoded with {name} = {theirs}, the config says {ours}: choose another "
+                            "folder for `encoded`, or remove it")
+    return clips
 
 
 def train(cfg: Config):
@@ -425,6 +463,7 @@ def train(cfg: Config):
     start = resume_run(cfg, module, ema, optimizer, scaler, device)
     ddp = DistributedDataParallel(module) if world > 1 else module
     log = Log(cfg, start) if rank == 0 else None
+    task.begin(start * cfg.accumulate, cfg.max_steps * cfg.accumulate)
 
     for step in range(start, cfg.max_steps):
         for group in optimizer.param_groups:
@@ -432,7 +471,7 @@ def train(cfg: Config):
         losses, sources = [], []
         for micro in range(cfg.accumulate):
             noise = generator(cfg.seed, step, micro, rank)
-            names, batch = task.batch(step * cfg.accumulate + micro, noise)
+            names, batch = task.batch(noise)
             last = micro == cfg.accumulate - 1
             with torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
                 if world > 1:
@@ -470,7 +509,7 @@ def snapshot(model: Model, task, ema) -> Model:
         with torch.no_grad():
             settings = replace(settings, latent_scale=task.latent_scale())
         return Model(model.unet, module.vae, model.text, settings)
-    return Model(module.unet, model.vae, module.text, settings)
+    return Model(module.unet, model.vae, module.text or model.text, settings)
 
 
 def commit() -> str:

@@ -16,7 +16,6 @@ from conftest import ROOT
 
 import train
 from checkpoint import UserError, load
-from data import EncodedClips
 from grid import fold, unfold
 from sample import NoiseSchedule, denoise
 
@@ -57,7 +56,7 @@ def test_bad_configs_are_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize("override, says", [
-    ("--frames=7", "use 6 or 8"), ("--dtype=half", "dtype is one of"), ("--encoded=", "must name the folder"),
+    ("--frames=7", "use 6 or 8"), ("--dtype=half", "dtype is one of"),
     ("--train=unett", "train is one of"), ("--model=big", "model is one of"),
     ("--max_step=3", "did you mean 'max_steps'"), ("max_steps=3", "--name=value"), ("--max_steps=many", "of type int")])
 def test_bad_overrides_are_refused(override, says):
@@ -218,8 +217,7 @@ def test_two_ranks_run(finished, world, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3 and all(json.loads(line)["grad_norm"] > 0 for line in lines)
-    one, two = ([line["source"] for line in EncodedClips(str(folder / "encoded")).index] for folder in
-                (finished[0], tmp_path))
+    one, two = ((folder / "encoded" / "index.jsonl").read_text() for folder in (finished[0], tmp_path))
     assert one == two
 
 
@@ -245,7 +243,7 @@ def test_overfits_one_clip():
     clip = (clip - clip.mean()) / clip.std()
     cfg = train.read_config(f"{ROOT}/configs/ci.py", [])
     model = train.make_model(cfg)
-    task = train.Denoising(model, cfg).train()
+    task = train.Denoising(model, cfg, model.text).train()
     optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0)
     tokens, fps = model.text.tokenize(["a thing moving right"])[0].expand(8, -1), torch.full((8,), 8.0)
     latents, losses, steps = clip.expand(8, -1, -1, -1, -1), [], 400
@@ -274,7 +272,7 @@ def test_timesteps_of_the_loss():
     cfg = train.read_config(f"{ROOT}/configs/ci.py", ["--timesteps=(600,1000)", "--timestep_shift=2.0"])
     model = train.make_model(cfg)
     torch.nn.init.normal_(model.unet.out[2].weight, std=0.1)  # a fresh UNet answers 0 to everything
-    task = train.Denoising(model, cfg)
+    task = train.Denoising(model, cfg, model.text)
     rows, cols = task.grid
     latents, eps = torch.randn(3, rows * cols, 4, 8, 8), torch.randn(3, 4, rows * 8, cols * 8)
     tokens, fps = model.text.tokenize(["a", "b", "c"])[0], torch.tensor([4.0, 0.0, 120.0])
@@ -300,6 +298,44 @@ def test_configs_hold_literals_only():
         assert all(isinstance(node, (ast.Assign, ast.Expr)) for node in ast.parse(path.read_text()).body)
 
 
-def test_encoded_folder_is_reused(finished):
+def test_a_folder_encoded_with_other_options_is_refused(finished, world):
     folder, _ = finished
-    assert len(EncodedClips(str(folder / "encoded")).index) > 0
+    done = launch([*ci_options(world, folder), "--fps_values=(8,)"])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "was encoded with fps_values = (4, 8), the config says (8,)" in done.stderr
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float16", 1e-3)])
+def test_fifty_losses_are_the_same_live_and_encoded_ahead(world, micro, tmp_path, dtype, bound):
+    """With VAE, text tower and decoder, and with none of them; the live ones read ahead by workers."""
+    options = [f"--init={micro}", f"--vae={micro}", "--train_text=False", "--max_steps=50", "--sheet_every=50",
+               "--starts=3"]
+    lists = [f"--video={world}/videos.csv", f"--label={world}/labels", f"--caption={world}/images.jsonl"]
+    made = subprocess.run([sys.executable, "data.py", "encode", tmp_path / "encoded", "--ckpt", micro, "--dtype", dtype,
+                           *" ".join(lists).replace("=", " ").split(), "--frames", "4", "--size", "32x32", "--fps", "4",
+                           "8", "--starts", "3", "--draws", "2", "--text"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    ahead = launch([*ci_options(world, tmp_path), *options])
+    options += ["--encoded=", "--workers=1", f"--out_dir={tmp_path}/live/run"]
+    live = launch([*ci_options(world, tmp_path), *options])
+    assert ahead.returncode == live.returncode == 0, ahead.stderr + live.stderr
+    one, two = losses(tmp_path), losses(tmp_path / "live")
+    assert len(one) == len(two) == 50 and one[0] != one[1]
+    np.testing.assert_allclose(one, two, atol=bound, rtol=0)
+
+
+def test_too_many_bad_samples_end_the_run_in_one_line(world, tmp_path):
+    lines = [json.loads(line) for line in Path(world, "images.jsonl").read_text().splitlines()]
+    for n, line in enumerate(lines):
+        line["path"] = os.path.join(world, line["path"]) if n < 4 else "missing.png"
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = launch([*ci_options(world, tmp_path), f"--caption={tmp_path}/list.jsonl", "--encoded=", "--max_bad=0.01",
+                   "--mix={'caption': 1}", "--max_steps=100", "--prompts=()"])
+    assert done.returncode == 2
+    named, last = done.stderr.splitlines()
+    assert named == f"skipped caption {tmp_path}/missing.png: missing"
+    assert last.startswith("train.py: ") and "more than max_bad = 0.01" in last
