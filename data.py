@@ -162,7 +162,7 @@ class Items:
         paths = self.paths(i)
         path = next(filter(os.path.exists, paths), paths[0])
         fields = self.fields(i)
-        captions = next((fields[name] for name in ("caption", "prompt", "name") if fields.get(name)), ())
+        captions = next((fields[name] for name in ("caption", "prompt", "name") if fields.get(name)), [])
         captions = [captions] if isinstance(captions, str) else captions
         beside = os.path.splitext(path)[0] + ".txt"
         if not captions and os.path.isfile(beside):

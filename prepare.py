@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -25,6 +26,12 @@ from media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened,
 def read_text(path: str) -> str:
     with open(path, encoding="utf-8") as file:
         return file.read()
+
+
+def whole_lines(path: str) -> list[str]:
+    """Of a file of JSON lines that an interruption may have torn, or that is not there yet."""
+    lines = read_text(path).splitlines(keepends=True) if os.path.exists(path) else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 def write_text(path: str, text: str):
@@ -77,7 +84,7 @@ def resume_encode(part: str, origin: dict) -> set[str]:
         write_text(index, "")
     if read_text(settings) != text:
         raise UserError(f"{part} was left by an encoding with other settings: remove it")
-    lines = [line for line in read_text(index).splitlines(keepends=True) if line.endswith("\n")]
+    lines = whole_lines(index)
     last = lines[-1].partition(",")[0] if lines else ""  # of this shard lines may be missing: it is done again
     whole = [line for line in lines if not line.startswith(last)]
     write_text(index, "".join(whole))
@@ -222,6 +229,7 @@ class ClipScore:
     def __init__(self, name: str, pretrained: str | None, device):
         import open_clip  # seconds to import, and only needed here
 
+        logging.disable(logging.ERROR)  # it logs what it raises
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(name, pretrained, device=device)
             self.tokenize = open_clip.get_tokenizer(name)
@@ -280,6 +288,7 @@ def score_items(items: Items, chosen: list[int], clip: ClipScore, count: int, ou
         except Bad as bad:
             return bad
 
+    write_text(out, "".join(whole_lines(out)))
     bar = tqdm(total=len(chosen), desc="score", unit="clip", disable=not show)
     with ThreadPoolExecutor(os.cpu_count()) as pool, open(out, "a", encoding="utf-8") as file:
         for at in range(0, len(chosen), 64):
@@ -292,11 +301,10 @@ def score_items(items: Items, chosen: list[int], clip: ClipScore, count: int, ou
 
 
 def read_scores(stem: str) -> dict[int, dict]:
-    """item -> its line, of every rank's file; a line that an interruption cut off is passed over."""
+    """item -> its line, of every rank's file."""
     found = {}
     for path in sorted(glob.glob(glob.escape(stem) + ".scores-*.jsonl")):
-        lines = [json.loads(line) for line in read_text(path).splitlines(keepends=True) if line.endswith("}\n")]
-        found |= {line["item"]: line for line in lines}
+        found |= {line["item"]: line for line in map(json.loads, whole_lines(path))}
     return found
 
 
