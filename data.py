@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,7 @@ from media import (
     VIDEO_ENDINGS,
     VIDEO_FPS,
     Bad,
+    Video,
     View,
     fit_frame,
     fit_image,
@@ -120,7 +122,7 @@ class Items:
             self.header = next(csv.reader([self.records[0]])) if self.csv and len(self.records) else None
             if not len(self):
                 raise UserError(f"{source} list {path} is empty")
-            self.paths(0)
+            self.file(self.fields(0))
         except OSError as error:
             raise UserError(f"{source} list {path} cannot be read: {error.strerror or error}") from error
         except (Bad, KeyError, TypeError, ValueError) as error:
@@ -135,33 +137,31 @@ class Items:
 
     def fields(self, i: int) -> dict:
         text = self.record(i)
-        if self.csv:
-            return dict(zip(self.header, next(csv.reader(io.StringIO(text, newline="")))))
         try:
+            if self.csv:
+                return dict(zip(self.header, next(csv.reader(io.StringIO(text, newline="")))))
             fields = json.loads(text)
-        except ValueError as error:
-            raise Bad("not a line of JSON") from error
+        except (ValueError, csv.Error) as error:
+            raise Bad("not a line of " + ("CSV" if self.csv else "JSON")) from error
         if not isinstance(fields, dict):
             raise Bad("not a JSON object")
         return fields
 
-    def paths(self, i: int) -> list[str]:
-        """Where the file of an item may lie, best guess first."""
-        fields = self.fields(i)
-        name = fields.get("path") or fields.get("img_path")
-        if fields.get("videoid"):  # WebVid: under its page or flat, beside the list or in videos/
-            name, page = str(fields["videoid"]) + ".mp4", fields.get("page_dir") or ""
-            names = [os.path.join(*where, name) for where in (("videos", page), (page,), ("videos",), ("",))]
-        elif isinstance(name, str):
-            names = [name]
-        else:
+    def file(self, fields: dict) -> str:
+        """Where the file of an item lies; where it should, when it is missing."""
+        name, page = fields.get("path") or fields.get("img_path"), ""
+        if "videoid" in fields:  # WebVid: under its page or flat, beside the list or in videos/
+            name, page = f"{fields['videoid']}.mp4", fields.get("page_dir") or ""
+        if not isinstance(name, str) or not name.isprintable():
             raise Bad("it has no path, img_path or videoid")
-        return [os.path.join(self.folder, name) for name in names]
+        places = [os.path.join(self.folder, name)]
+        if "videoid" in fields:
+            places = [os.path.join(self.folder, videos, sub, name) for sub in (page, "") for videos in ("videos", "")]
+        return next(filter(os.path.exists, places), places[0])
 
     def __getitem__(self, i: int) -> Item:
-        paths = self.paths(i)
-        path = next(filter(os.path.exists, paths), paths[0])
         fields = self.fields(i)
+        path = self.file(fields)
         captions = next((fields[name] for name in ("caption", "prompt", "name") if fields.get(name)), [])
         captions = [captions] if isinstance(captions, str) else captions
         beside = os.path.splitext(path)[0] + ".txt"
@@ -178,8 +178,7 @@ class Items:
     def name(self, i: int) -> str:
         """What to call an item in a message: its file, where it has one."""
         try:
-            paths = self.paths(i)
-            return next(filter(os.path.exists, paths), paths[0])
+            return self.file(self.fields(i))
         except Bad:
             return f"{self.path}, item {i}"
 
@@ -233,7 +232,7 @@ class Spec:
 SIDES = re.compile(r"\b(left|right|east|west|(counter-?|anti-?)?clockwise|text|letter|word|sign)", re.IGNORECASE)
 
 
-def draw_view(spec: Spec, caption: str, rng) -> View:
+def draw_view(caption: str, spec: Spec, rng) -> View:
     left, top, mirror = rng.random(3)
     mirror = spec.flip and mirror < 0.5 and not SIDES.search(caption)
     return View(left, top, mirror) if spec.random_crop else View(mirror=mirror)
@@ -254,39 +253,44 @@ def read_sample(source: str, i: int, item: Item, spec: Spec, choose) -> Sample:
 
     Caption, view and start are a function of (seed, source, item, fps, k): the same live and encoded ahead.
     """
-    T, size = spec.frames, (spec.width, spec.height)
-
-    def drawn(offered):
-        fps, k = choose(offered)
+    with opened(item.path) if source == "video" else nullcontext() as video:
+        fps, k = choose(offered_fps(source, video, spec))
         rng = np.random.default_rng([spec.seed, SOURCES.index(source), i, fps, k])
-        caption = item.captions[rng.integers(len(item.captions))]
-        return fps, k, rng, caption, draw_view(spec, caption, rng)
-
-    if source == "video":
-        with opened(item.path) as video:
-            offered = usable_fps(video.rate, video.duration, T, spec.fps_values)
-            if not offered:
-                raise Bad("too short")
-            fps, k, rng, caption, view = drawn(offered)
-            start = rng.uniform(0, video.duration - (T - 1) / fps)
-            frames = frames_at(video, [start + t / fps for t in range(T)])
-            pictures = {id(frame): fit_frame(frame, video.aspect, *size, view) for frame in frames}  # some stay longer
-            return Sample(torch.stack([pictures[id(frame)] for frame in frames]), caption, fps, k)
-    if source == "caption":
-        fps, k, rng, caption, view = drawn([CAPTION_FPS])
-        return Sample(fit_image(item.path, *size, view)[None], caption, fps, k)
-    fps, k, rng, caption, view = drawn([LABEL_FPS])
-    images, skipped = label_images(item.path, spec, caption, rng)
-    return Sample(images, caption, fps, k, skipped)
+        caption, skipped = item.captions[rng.integers(len(item.captions))], ()
+        if source == "label":
+            frames, skipped = label_images(item.path, caption, spec, rng)
+        elif source == "caption":
+            frames = fit_image(item.path, spec.width, spec.height, draw_view(caption, spec, rng))[None]
+        else:
+            frames = clip_frames(video, fps, caption, spec, rng)
+    return Sample(frames, caption, fps, k, skipped)
 
 
-def label_images(folder: str, spec: Spec, caption: str, rng):
+def offered_fps(source: str, video: Video | None, spec: Spec) -> list[int]:
+    if source != "video":
+        return [LABEL_FPS if source == "label" else CAPTION_FPS]
+    offered = usable_fps(video.rate, video.duration, spec.frames, spec.fps_values)
+    if not offered:
+        raise Bad("too short")
+    return offered
+
+
+def clip_frames(video: Video, fps: int, caption: str, spec: Spec, rng) -> torch.Tensor:
+    """T frames from a random start (T, 3, H, W), all of one view."""
+    view = draw_view(caption, spec, rng)
+    start = rng.uniform(0, video.duration - (spec.frames - 1) / fps)
+    frames = frames_at(video, [start + t / fps for t in range(spec.frames)])
+    fitted = {id(f): fit_frame(f, video.aspect, spec.width, spec.height, view) for f in frames}  # some stay longer
+    return torch.stack([fitted[id(f)] for f in frames])
+
+
+def label_images(folder: str, caption: str, spec: Spec, rng):
     """T different images of a folder (T, 3, H, W), with repeats only where there are too few; and those passed over."""
     names, images, skipped = image_names(folder), [], []
     for j in rng.permutation(len(names)):
         path = os.path.join(folder, names[j])
         try:
-            images.append(fit_image(path, spec.width, spec.height, draw_view(spec, caption, rng)))
+            images.append(fit_image(path, spec.width, spec.height, draw_view(caption, spec, rng)))
         except Bad as bad:
             skipped.append((path, str(bad)))
         if len(images) == spec.frames:

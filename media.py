@@ -163,7 +163,7 @@ def read_packets(stream, last: int, deadline: float) -> list[av.Packet]:
 class View:
     """Which part of a picture is taken: left and top of what is cut off, as a share of it; mirrored or not."""
 
-    left: float = 0.5
+    left: float = 0.5  # in 0..1, without 1
     top: float = 0.5
     mirror: bool = False
 
@@ -177,7 +177,7 @@ def cover(w: float, h: float, width: int, height: int) -> tuple[int, int]:
 def crop(pixels: np.ndarray, width: int, height: int, view: View) -> torch.Tensor:
     """uint8 (H, W, 3) -> uint8 (3, height, width)."""
     H, W = pixels.shape[:2]
-    top, left = int((H - height) * view.top), int((W - width) * view.left)
+    top, left = int((H - height + 1) * view.top), int((W - width + 1) * view.left)
     part = pixels[top : top + height, left : left + width]
     return torch.tensor(np.ascontiguousarray(part[:, ::-1] if view.mirror else part)).permute(2, 0, 1)
 

@@ -8,6 +8,7 @@ import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -19,8 +20,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from checkpoint import Parser, UserError, first_line, load, parse_size
-from data import CAPTION_FPS, LABEL_FPS, SOURCES, Items, Spec, encode_frames, image_names, read_sample
-from media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened, usable_fps
+from data import SOURCES, Items, Spec, encode_frames, image_names, offered_fps, read_sample
+from media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened
 
 
 def read_text(path: str) -> str:
@@ -113,12 +114,9 @@ def encode_shard(model, items: Items, chosen, spec: Spec, text: bool, dtype):
 def all_samples(items: Items, i: int, spec: Spec):
     """(fps, k, Sample or Bad) of everything that an item offers."""
     try:
-        item, offered = items[i], {"label": [LABEL_FPS], "caption": [CAPTION_FPS]}.get(items.source)
-        if offered is None:
-            with opened(item.path) as video:
-                offered = usable_fps(video.rate, video.duration, spec.frames, spec.fps_values)
-        if not offered:
-            raise Bad("too short")
+        item = items[i]
+        with opened(item.path) if items.source == "video" else nullcontext() as video:
+            offered = offered_fps(items.source, video, spec)
     except Bad as bad:
         yield None, None, bad
         return
@@ -195,8 +193,7 @@ def check_file(source: str, path: str, spec: Spec):
     try:
         if source == "video":
             with opened(path) as video:
-                if not usable_fps(video.rate, video.duration, spec.frames, spec.fps_values):
-                    raise Bad("too short")
+                offered_fps(source, video, spec)
                 frames_at(video, [0])
                 frames_at(video, [video.duration - 1 / video.rate])
         else:

@@ -124,6 +124,21 @@ def test_label_names_with_synonyms(tmp_path):
     assert [items[i] for i in range(len(items))] == [Item(("tench", "Tinca tinca"), str(tmp_path / "n01440764"))]
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60), st.sampled_from(["l.csv", "l.jsonl"]))
+def test_any_line_is_an_item_or_bad(tmp_path_factory, line, name):
+    """Whatever bytes stand in a list: an item, or a reason and a name for it."""
+    first = b"path,caption\n\"x\",y\n" if name == "l.csv" else b'{"path": "x", "caption": "y"}\n'
+    path = tmp_path_factory.mktemp("lines") / name
+    path.write_bytes(first + line)
+    items = Items("video", str(path))
+    for i in range(len(items)):
+        try:
+            assert isinstance(items[i], Item)
+        except Bad as bad:
+            assert str(bad) and items.name(i)
+
+
 @pytest.mark.parametrize("source, name, content", [
     ("video", "l.csv", "a,b\n1,2\n"), ("caption", "l.jsonl", "{not json"), ("caption", "l.jsonl", ""),
     ("caption", "l.jsonl", '{"caption": "x"}\n'), ("video", "l.json", "{}"), ("video", "l.csv", "videoid,name\n")])
@@ -175,10 +190,10 @@ def test_a_million_lines_open_fast_and_small(tmp_path):
 def test_a_caption_that_mentions_a_side_is_never_mirrored():
     rng, spec = np.random.default_rng(0), Spec(4, 32, 32, flip=True)
     sided = ["a car turns left", "Right-hand drive", "rotating counter-clockwise", "a STOP sign", "a letter"]
-    assert not any(draw_view(spec, caption, rng).mirror for caption in sided * 50)
-    mirrored = np.mean([draw_view(spec, "a bright car", rng).mirror for _ in range(400)])
+    assert not any(draw_view(caption, spec, rng).mirror for caption in sided * 50)
+    mirrored = np.mean([draw_view("a bright car", spec, rng).mirror for _ in range(400)])
     assert abs(mirrored - 0.5) < 0.1
-    assert not any(draw_view(Spec(4, 32, 32), "a car", rng).mirror for _ in range(50))
+    assert not any(draw_view("a car", Spec(4, 32, 32), rng).mirror for _ in range(50))
 
 
 def test_a_random_crop_is_the_same_for_all_frames_of_a_clip(lists):

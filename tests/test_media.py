@@ -215,7 +215,7 @@ def test_crop_takes_the_part_asked_for():
     pixels = np.arange(12)[None, :, None].repeat(3, 2).repeat(4, 0).astype(np.uint8)
     assert crop(pixels, 4, 4, View())[0, 0].tolist() == [4, 5, 6, 7]
     assert crop(pixels, 4, 4, View(left=0))[0, 0].tolist() == [0, 1, 2, 3]
-    assert crop(pixels, 4, 4, View(left=0.999, mirror=True))[0, 0].tolist() == [10, 9, 8, 7]
+    assert crop(pixels, 4, 4, View(left=0.999, mirror=True))[0, 0].tolist() == [11, 10, 9, 8]
 
 
 def test_resizing_is_antialiased(tmp_path):
@@ -344,3 +344,16 @@ def test_damage_is_bad_or_harmless_and_leaks_nothing(tmp_path, good):
     assert slowest < 10
     assert resident[-1] - resident[2] < 64 << 20
     assert len(os.listdir("/proc/self/fd")) < 100
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_20000_clips(tmp_path, good):
+    """Good and damaged files in turn: resident memory after 2,000 and after 20,000 of them."""
+    paths = [*damaged(tmp_path, good, 240), *good * 10]
+    resident = {}
+    for n in range(1, 20001):
+        read_somehow(paths[n % len(paths)])
+        if n in (2000, 20000):
+            resident[n] = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    print(f"resident: {resident[2000]:.0f} MiB after 2,000 clips, {resident[20000]:.0f} MiB after 20,000")
+    assert resident[20000] < resident[2000] + 16
