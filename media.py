@@ -107,13 +107,17 @@ def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
     """
     stream, context, deadline = video.stream, video.stream.codec_context, time.monotonic() + TIME_LIMIT
     ticks = [math.floor((video.start + t + 1e-6) / stream.time_base) for t in times]
-    if times[0] > 0:
-        stream.container.seek(math.floor((video.start + max(0, times[0] - back)) / stream.time_base), stream=stream)
+    if times[0] > back:
+        stream.container.seek(math.floor((video.start + times[0] - back) / stream.time_base), stream=stream)
+    elif times[0] > 0:
+        stream.container.seek(min(0, math.floor(video.start * av.time_base)))  # to the beginning of the file
     packets = read_packets(stream, ticks[-1], deadline)
     keys = [n for n, p in enumerate(packets) if p.is_keyframe]
     if times[0] > back and (not keys or (packets[keys[0]].pts or 0) > ticks[0]):
         return frames_at(video, times, back=2 * back + 1)  # decoded before it, shown after it
-    packets = packets[keys[0] :] if keys else packets
+    if not keys:
+        raise Bad("no keyframe in it")
+    packets = packets[keys[0] :]
     shown = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
     wanted = {shown[max(0, bisect.bisect_right(shown, tick) - 1)] for tick in ticks} if shown else set()
     skipping = context.name in SKIPPING and len(shown) == len(packets)

@@ -133,6 +133,14 @@ def test_negative_start_times(tmp_path, ending):
     assert numbers_at(path, [0, 0.1, 0.5]) == [first, first + 3, first + 15]
 
 
+def test_a_late_start_and_a_lone_keyframe(tmp_path, monkeypatch):
+    """A transport stream has no index: a seek lands anywhere, here always after the only keyframe."""
+    monkeypatch.setitem(CODECS, "libx264", ("ts", "yuv420p", {"crf": "10", "g": "250", "bf": "3"}))
+    write_clip(tmp_path / "late.ts", range(3000, 4200, 20))
+    assert numbers_at(tmp_path / "late.ts", [0.002, 0.502, 1.502]) == [0, 15, 45]
+    assert numbers_at(tmp_path / "late.ts", [1.502]) == [45]
+
+
 def test_a_video_that_ends_before_it_says_is_bad(tmp_path):
     write_clip(tmp_path / "whole.mp4", range(0, 1200, 20), movflags="+faststart")
     data = (tmp_path / "whole.mp4").read_bytes()
