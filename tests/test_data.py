@@ -18,6 +18,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_media import damaged, odd_files, write_clip
 
 import data
 from checkpoint import UserError, load
@@ -411,6 +412,26 @@ def test_a_bad_sample_gives_way_to_another(bad_lists, lists, micro, tmp_path):
         faults += two.faults
     assert set(faults) == {("caption", str(tmp_path / "missing.png"), "missing"),
                            ("caption", str(tmp_path / "broken.png"), "not an image that can be read")}
+
+
+def test_a_stream_over_damaged_videos_goes_on(tmp_path):
+    """Half of the files damaged in every way there is, read by workers: whole batches, and every fault has a name."""
+    (tmp_path / "good").mkdir()
+    for n in range(40):
+        write_clip(tmp_path / "good" / f"{n}.mp4", range(0, 1200, 20))
+    paths = sorted((tmp_path / "good").iterdir())
+    odd = odd_files(tmp_path, paths[0])
+    bad = [*odd, *damaged(tmp_path, paths[:1], 30)]
+    paths += bad
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"path": str(p), "caption": "x"}) + "\n" for p in paths))
+    s = stream(LiveClips({"video": str(tmp_path / "list.jsonl")}, SPEC), mix={"video": 1}, batch_size=10)
+    faults = []
+    for batch in batches(s, 0, 2 * len(paths) // 10, workers=2):
+        assert [sample.data.shape for sample in batch.samples] == [(4, 3, 32, 32)] * 10
+        faults += batch.faults
+    named = {name for _, name, _ in faults}
+    assert set(map(str, odd)) <= named <= {str(path) for path in bad}
+    assert all(reason for *_, reason in faults)
 
 
 def test_faults_are_named_once_and_end_the_run_when_they_are_many(bad_lists, capsys):

@@ -286,11 +286,11 @@ def damaged(folder, good, count, seed=0):
 
 
 def odd_files(folder, good):
-    """What else is found under the name of a video."""
+    """What else is found under the name of a video; some of it would lead to the good one."""
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("a caption, not a video\n" * 50)
-    (folder / "playlist.mp4").write_text(f"#EXTM3U\n#EXTINF:2,\n{good[0]}\n#EXT-X-ENDLIST\n")
-    (folder / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {good[0]}\n")
+    (folder / "playlist.mp4").write_text(f"#EXTM3U\n#EXTINF:2,\n{good}\n#EXT-X-ENDLIST\n")
+    (folder / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {good}\n")
     (folder / "folder.mp4").mkdir()
     os.mkfifo(folder / "fifo.mp4")
     os.symlink("nowhere", folder / "link.mp4")
@@ -330,12 +330,45 @@ def read_somehow(path):
 
 
 def test_odd_files_are_bad_for_a_reason(tmp_path, good):
-    reasons = {path.name: read_somehow(path) for path in odd_files(tmp_path, good)}
+    reasons = {path.name: read_somehow(path) for path in odd_files(tmp_path, good[0])}
     assert all(reasons.values()), reasons
     assert reasons["fifo.mp4"] == reasons["folder.mp4"] == "not a regular file"
     assert reasons["link.mp4"] == reasons["missing.mp4"] == "missing"
     assert reasons["audio.mp4"] == "no video in it" and reasons["one.mp4"] == "too short"
     assert all(read_somehow(path) is None for path in good)
+
+
+def test_the_ending_of_a_name_decides_nothing(tmp_path, good):
+    for n, path in enumerate(good):
+        os.symlink(path, tmp_path / f"{n}{good[n - 1].suffix}")
+        assert read_somehow(tmp_path / f"{n}{good[n - 1].suffix}") is None
+
+
+@pytest.mark.parametrize("box, at, harmless", [
+    (b"stsd", 44, True),  # width and height of 65,535, but the stream has its own
+    (b"stts", 8, False),  # four billion entries
+    (b"mdhd", 20, False),  # a duration of three days
+    (b"stsz", 12, False),  # four billion samples
+])
+def test_absurd_declarations(tmp_path, box, at, harmless):
+    """An mp4 that says what no video can be."""
+    write_clip(tmp_path / "clip.mp4", range(0, 1200, 20))
+    data = bytearray((tmp_path / "clip.mp4").read_bytes())
+    place = data.index(box) + at
+    data[place : place + 4] = b"\xff" * 4
+    (tmp_path / "clip.mp4").write_bytes(data)
+    assert (read_somehow(tmp_path / "clip.mp4") is None) == harmless
+
+
+def test_an_absurd_size_is_refused_before_memory_is_taken(tmp_path, good):
+    data = bytearray(next(path for path in good if path.suffix == ".gif").read_bytes())
+    data[6:10] = b"\xff" * 4  # 65,535 x 65,535: 17 GB a frame
+    (tmp_path / "huge.gif").write_bytes(data)
+    assert read_somehow(tmp_path / "huge.gif")
+    write_clip(tmp_path / "still.mp4", [0, 20])
+    data = (tmp_path / "still.mp4").read_bytes().replace(b"stts" + bytes(4), b"stts" + bytes(8))  # no time of any frame
+    (tmp_path / "still.mp4").write_bytes(data)
+    assert read_somehow(tmp_path / "still.mp4")
 
 
 def test_damage_is_bad_or_harmless_and_leaks_nothing(tmp_path, good):
