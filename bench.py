@@ -2,6 +2,8 @@
 
     pip install torchcodec decord        # peers of `data`; torchcodec needs the system's ffmpeg
     python bench.py data                 # reading clips: 16 frames of 256x256 from 336x596 H.264
+    pip install deepspeed ninja          # the peer of `optimizer`; it compiles itself at its first use
+    python bench.py optimizer            # AdamW on the CPU, 100 M parameters
 """
 
 import math
@@ -18,6 +20,7 @@ from PIL import Image
 
 from checkpoint import Parser, command_line
 from media import View, cover, fit_frame, frames_at, opened
+from offload import OffloadAdamW
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading clips
@@ -104,10 +107,73 @@ def command_data(args):
         print(f"eight GPUs at a batch of 6 a second each: {48 / mean['ours']:.1f} cores")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+LAYERS, WIDTH, REPEATS = 25, 2000, 15  # 100 M numbers
+OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.03}
+
+
+def fresh_parameters() -> list[torch.nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(WIDTH, WIDTH, generator=g)) for _ in range(LAYERS)]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=g)
+    return params
+
+
+def whole_step(params, update, clip=1.0, scale=1024.0):
+    """Unscale, global norm, clip, update, as a loop around a plain optimizer does it."""
+    grads = [p.grad for p in params]
+    torch._foreach_mul_(grads, 1 / scale)
+    torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
+    update()
+
+
+def command_optimizer(args):
+    """Seconds a step; every line alternates with the others in one run."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    sets = {name: fresh_parameters() for name in ("ours", "deepspeed", "foreach")}
+    ours = OffloadAdamW([{"params": sets["ours"], **OPTIONS}])
+    deepspeed = DeepSpeedCPUAdam(sets["deepspeed"], adamw_mode=True, **OPTIONS)
+    foreach = torch.optim.AdamW(sets["foreach"], foreach=True, **OPTIONS)
+    a, b, c = (torch.randn(LAYERS * WIDTH * WIDTH) for _ in range(3))
+    grads = [p.grad.clone() for p in sets["ours"]]
+    ours.step()  # makes the state
+    steps = {
+        "triad, a = b + 2 c": lambda: torch.add(b, c, alpha=2.0, out=a),
+        "update: ours (torch's fused)": ours.inner.step,
+        "update: DeepSpeedCPUAdam": deepspeed.step,
+        "update: torch's foreach": foreach.step,
+        "whole: ours": lambda: ours.step(clip=1.0, scale=1024.0),
+        "whole: DeepSpeedCPUAdam": lambda: whole_step(sets["deepspeed"], deepspeed.step),
+        "whole: torch's foreach": lambda: whole_step(sets["foreach"], foreach.step),
+    }
+    spent = {name: [] for name in steps}
+    for n in range(REPEATS + 2):
+        for name, step in steps.items():
+            for p, grad in zip([p for params in sets.values() for p in params], grads * len(sets)):
+                p.grad.copy_(grad)  # a step leaves it scaled
+            began = time.perf_counter()
+            step()
+            if n >= 2:
+                spent[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(seconds) for name, seconds in spent.items()}
+    ceiling = medians["triad, a = b + 2 c"] * 7 / 3  # an update reads four arrays and writes three
+    for name, seconds in medians.items():
+        kind = name.split(":")[0]
+        peer = medians.get(f"{kind}: DeepSpeedCPUAdam", math.nan)
+        print(f"{name:32} {seconds * 1e3:7.1f} ms (quartiles {np.quantile(spent[name], 0.25) * 1e3:.1f} to "
+              f"{np.quantile(spent[name], 0.75) * 1e3:.1f})   {peer / seconds:5.2f}x DeepSpeed   "
+              f"{ceiling / seconds:5.0%} of the memory's ceiling")
+
+
 def main():
     parser = Parser(description="Speed and memory, ours beside the peers.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("data", help="reading clips, beside torchcodec and decord").set_defaults(run=command_data)
+    commands.add_parser("optimizer", help="AdamW on the CPU, beside DeepSpeed").set_defaults(run=command_optimizer)
     args = parser.parse_args()
     args.run(args)
 

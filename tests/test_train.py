@@ -3,16 +3,21 @@
 import ast
 import dataclasses
 import json
+import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint import UserError, load
@@ -180,22 +185,12 @@ def test_saved_model_is_the_average_and_says_where_it_comes_from(finished):
     assert model.settings.ema and model.settings.grid_trained
     origin = model.settings.origin["unet"]
     assert origin["steps"] == 20 and origin["config"]["out_dir"] == f"{folder}/run" and "commit" in origin
-    name = "input_blocks.0.0.weight"
-    ours = dict(model.unet.named_parameters())[name]
-    assert torch.equal(ours, state["ema"][f"unet.{name}"]) and not torch.equal(ours, state["module"][f"unet.{name}"])
-
-
-def test_ema_is_the_recursion():
-    """Against the recursion written out, with the warm-up of the decay."""
-    module = torch.nn.Linear(3, 2)
-    ema, expected = train.EMA(module, 0.9), module.weight.detach().clone().double()
-    for step in range(200):
-        with torch.no_grad():
-            module.weight += torch.randn_like(module.weight)
-        ema.update(module, step)
-        decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * module.weight.detach().double()
-    torch.testing.assert_close(ema.module.weight.double(), expected, atol=1e-5, rtol=1e-5)
+    names = [name for name in state["module"] if name.startswith("unet.")]
+    parameters = dict(model.unet.named_parameters())
+    for i, name in enumerate(names):
+        ours = parameters[name.removeprefix("unet.")]
+        assert torch.equal(ours, state["optimizer"]["average"][i])
+        assert not torch.equal(ours, state["module"][name])
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(finished, world, tmp_path):
@@ -209,6 +204,110 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished, world, tmp_path
     a, b = weights(reference), weights(tmp_path)
     a.pop("config"), b.pop("config")
     assert_equal_states(a, b)
+
+
+@pytest.mark.parametrize("ranks, name", [(1, "SIGKILL"), (2, "SIGKILL"), (1, "SIGTERM"),
+                                         pytest.param(2, "SIGTERM", marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_the_same_weights(world, finished, tmp_path, ranks, name):
+    """Killed at three random moments, in the middle of a save too, and started again: to the bit the unkilled run."""
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    options = [*ci_options(world, tmp_path), "--save_every=1", "--prompts=()", f"--batch_size={4 // ranks}", "--keep=9"]
+    reference = finished[0]
+    if ranks > 1:
+        reference = tmp_path / "whole"
+        assert launch([*options, f"--out_dir={reference}/run"], ranks).returncode == 0
+    rng, log, statuses = np.random.default_rng(ranks), tmp_path / "log", []
+    for at in (4, 9, 14):
+        process = start(options, ranks, log)
+        wait_for(log, f"step {at}/20", process)
+        time.sleep(rng.uniform(0, 0.1))
+        if name == "SIGKILL":
+            subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])  # torchrun's workers are in other process groups
+        else:
+            process.send_signal(signal.SIGTERM)
+        statuses.append(process.wait(60))
+    if name == "SIGTERM":
+        assert ranks > 1 or statuses == [75] * 3  # torchrun returns 1, whatever its workers do
+        assert log.read_text().count("stopped by SIGTERM after step") == 3 * ranks
+    assert log.read_text().count("resume from") >= 2 * ranks
+    last = launch(options, ranks)
+    assert last.returncode == 0 and "resume from" in last.stdout, last.stderr
+    a, b = weights(reference), weights(tmp_path)
+    a.pop("config"), b.pop("config")
+    assert_equal_states(a, b)
+
+
+def start(arguments, ranks, log):
+    """A run in the background, its output appended to a file."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    with open(log, "a") as out:
+        return subprocess.Popen([sys.executable, *torchrun, "train.py", "configs/ci.py", *arguments], cwd=ROOT,
+                                stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(log, text, process):
+    while text not in log.read_text() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, world, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "run" / "step-00000020.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    newest.write_bytes(data)
+    done = launch(ci_options(world, tmp_path))
+    assert done.returncode == 0 and "step-00000020.pt is damaged" in done.stderr
+    assert "resume from" in done.stdout and "step-00000015.pt" in done.stdout
+    a, b = weights(finished[0]), weights(tmp_path)
+    a.pop("config"), b.pop("config")
+    assert_equal_states(a, b)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(world, finished, tmp_path):
+    """On a file system of 3 MB, where the first checkpoint fits and the second does not."""
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    size = (finished[0] / "run" / "step-00000020.pt").stat().st_size
+    (tmp_path / "run").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", tmp_path / "run"])
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        done = launch([*ci_options(world, tmp_path), "--save_every=5"])
+        assert done.returncode == 2 and "step-00000010.pt cannot be written, is the disk full?" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert sorted(name for name in os.listdir(tmp_path / "run") if "step" in name) == ["step-00000005.pt"]
+        assert train.is_whole(str(tmp_path / "run" / "step-00000005.pt"))
+    finally:
+        subprocess.run(["umount", tmp_path / "run"], check=True)
+
+
+def spoil(folder, rows):
+    """Make some rows of the encoded captioned images NaN."""
+    path = folder / "encoded" / "caption-000000.safetensors"
+    tensors = load_file(path)
+    tensors["moments"][rows] = float("nan")
+    save_file(tensors, path)
+
+
+def test_a_gradient_that_is_not_finite_costs_its_step(finished, world, tmp_path):
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    spoil(tmp_path, [3])
+    done = launch([*ci_options(world, tmp_path), "--prompts=()"])
+    assert done.returncode == 0, done.stderr
+    skipped = re.findall(r"step (\d+) skipped: the gradient is not finite", done.stdout)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 1 <= len(skipped) <= 4 and lines[-1]["skipped"] == len(skipped)
+    assert all(math.isnan(line["grad_norm"]) == (str(line["step"]) in skipped) for line in lines)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path)["module"].values())
+
+
+def test_ten_in_a_row_end_the_run(finished, world, tmp_path):
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    spoil(tmp_path, slice(None))
+    done = launch([*ci_options(world, tmp_path), "--prompts=()", "--mix={'caption': 1}"])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "step 10: 10 gradients in a row are not finite; look at" in done.stderr
 
 
 def test_two_ranks_run(finished, world, tmp_path):
