@@ -1,34 +1,48 @@
-"""Captions + videos + images -> training clips.
+"""Captions + videos + images -> training batches.
 
-Three sources, each a list with a fixed order (paper 4.2, "Triple-Data"):
+Three sources (paper 4.2, "Triple-Data"), each a list with a fixed order:
 
-    video     a WebVid-style CSV of clips with captions       FPS 1..60
-    label     a folder of images for each label               FPS 0: T different images of one label
-    caption   a JSON-lines list of images with captions       FPS 120: one image, T times
+    video     clips with captions            FPS 1..60, frames picked by presentation time
+    label     a folder of images a label     FPS 0: T different images of one label
+    caption   images with captions           FPS 120: one image, T times
 
-    python data.py encode OUT --ckpt F --video LIST --label DIR --caption LIST      # VAE latents, ahead of training
+A list is WebVid's CSV, JSON lines, MSR-VTT's json, or a folder of `name.mp4` + `name.txt`; of labels, a folder of
+folders or a file of their names. A sample that cannot be used is skipped, counted and named.
+
+    python data.py check LIST                                                        # what cannot be used, and why
+    python data.py filter LIST --keep 0.05                                           # the CLIP filter, Equation 5
+    python data.py encode OUT --ckpt F --video LIST --label DIR --caption LIST       # VAE latents, ahead of training
 """
 
 import csv
+import io
 import json
-import math
 import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
+import re
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-import av
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
-from checkpoint import Parser, UserError, command_line, load, parse_size
+from checkpoint import UserError, command_line
+from media import (
+    IMAGE_ENDINGS,
+    VIDEO_ENDINGS,
+    VIDEO_FPS,
+    Bad,
+    Video,
+    View,
+    fit_frame,
+    fit_image,
+    frames_at,
+    opened,
+    usable_fps,
+)
 
-VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
 LABEL_FPS, CAPTION_FPS = 0, 120
 SOURCES = ("video", "label", "caption")
 
@@ -36,182 +50,339 @@ SOURCES = ("video", "label", "caption")
 # Lists
 
 
-def read_list(source: str, path: str) -> list[tuple[str, list[str]]]:
-    """The items of one source, in a fixed order: (caption, files). A video or a captioned image has one file.
+@dataclass(frozen=True)
+class Item:
+    captions: tuple[str, ...]  # one is drawn
+    path: str  # a file, or the folder of a label
 
-    Relative paths resolve against the list's own folder. Raises UserError when the list cannot be read or is empty.
+
+class Records:
+    """The records of a text, found once and read when asked for: of a million only the places are kept, 16 MB.
+
+    path    the file, mapped and never copied, not even into worker processes; or
+    text    the text itself, as bytes
+    quoted  CSV: a newline inside quotes ends no record
     """
+
+    def __init__(self, path: str, text: bytes | None = None, quoted=False):
+        self.path, self.text = path, text
+        if text is None:
+            self.text = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else b""
+        self.spans = record_spans(np.frombuffer(self.text, np.uint8), quoted)
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, i: int) -> str:
+        first, last = self.spans[i]
+        return bytes(self.text[first:last]).decode("utf-8-sig", errors="replace")
+
+    def __getstate__(self):
+        return self.__dict__ | ({"text": None} if isinstance(self.text, np.memmap) else {})
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        if self.text is None:
+            self.text = np.memmap(self.path, np.uint8, "r")
+
+
+def record_spans(text, quoted: bool, chunk=1 << 24) -> np.ndarray:
+    """First byte and end of every record of a text (N, 2): its lines, without the blank ones.
+
+    quoted  a newline inside quotes ends no record (CSV)
+    """
+    ends, inside = [np.zeros(1, np.int64)], 0
+    for at in range(0, len(text), chunk):
+        part = text[at : at + chunk]
+        ending = part == ord("\n")
+        if quoted:
+            quotes = np.cumsum(part == ord('"'), dtype=np.uint8) + np.uint8(inside)  # wraps around, stays even or odd
+            ending &= quotes % 2 == 0
+            inside = quotes[-1] % 2
+        ends.append(np.flatnonzero(ending) + at + 1)
+    ends = np.concatenate([*ends, [len(text)]])
+    spans = np.stack([ends[:-1], ends[1:]], axis=1)
+    return spans[spans[:, 1] - spans[:, 0] > 2]  # "\r\n" is blank
+
+
+class Items:
+    """The items of one source, each parsed when it is asked for: `items[i]` -> Item, or Bad.
+
+    Relative paths resolve against the list's own folder. Raises UserError when the list cannot be read, is empty, or
+    its first item is not of a known form.
+    """
+
+    def __init__(self, source: str, path: str):
+        self.source, self.path = source, path
+        self.folder = path if os.path.isdir(path) else os.path.dirname(path)
+        self.csv = path.endswith(".csv") and os.path.isfile(path)
+        try:
+            self.records = Records(path, generated_lines(source, path), quoted=self.csv)
+            self.first = 1 if self.csv else 0  # the header
+            self.header = next(csv.reader([self.records[0]])) if self.csv and len(self.records) else None
+            if not len(self):
+                raise UserError(f"{source} list {path} is empty")
+            self.file(self.fields(0))
+        except OSError as error:
+            raise UserError(f"{source} list {path} cannot be read: {error.strerror or error}") from error
+        except (Bad, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{source} list {path} is not of a known form: {error}") from error
+
+    def __len__(self):
+        return max(0, len(self.records) - self.first)
+
+    def record(self, i: int) -> str:
+        """The text of an item, as it stands in the list."""
+        return self.records[self.first + i]
+
+    def fields(self, i: int) -> dict:
+        text = self.record(i)
+        try:
+            if self.csv:
+                return dict(zip(self.header, next(csv.reader(io.StringIO(text, newline="")))))
+            fields = json.loads(text)
+        except (ValueError, csv.Error) as error:
+            raise Bad("not a line of " + ("CSV" if self.csv else "JSON")) from error
+        if not isinstance(fields, dict):
+            raise Bad("not a JSON object")
+        return fields
+
+    def file(self, fields: dict) -> str:
+        """Where the file of an item lies; where it should, when it is missing."""
+        name, page = fields.get("path") or fields.get("img_path"), ""
+        if "videoid" in fields:  # WebVid: under its page or flat, beside the list or in videos/
+            name, page = f"{fields['videoid']}.mp4", fields.get("page_dir") or ""
+        if not isinstance(name, str) or not name.isprintable():
+            raise Bad("it has no path, img_path or videoid")
+        places = [os.path.join(self.folder, name)]
+        if "videoid" in fields:
+            places = [os.path.join(self.folder, videos, sub, name) for sub in (page, "") for videos in ("videos", "")]
+        return next(filter(os.path.exists, places), places[0])
+
+    def __getitem__(self, i: int) -> Item:
+        fields = self.fields(i)
+        path = self.file(fields)
+        captions = next((fields[name] for name in ("caption", "prompt", "name") if fields.get(name)), [])
+        captions = [captions] if isinstance(captions, str) else captions
+        beside = os.path.splitext(path)[0] + ".txt"
+        if not captions and os.path.isfile(beside):
+            with open(beside, encoding="utf-8", errors="replace") as file:
+                captions = [file.read()]
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise Bad("its caption is not text")
+        captions = tuple(" ".join(caption.split()) for caption in captions if caption.strip())
+        if not captions:
+            raise Bad("no caption")
+        return Item(captions, path)
+
+    def name(self, i: int) -> str:
+        """What to call an item in a message: its file, where it has one."""
+        try:
+            return self.file(self.fields(i))
+        except Bad:
+            return f"{self.path}, item {i}"
+
+
+def generated_lines(source: str, path: str) -> bytes | None:
+    """The JSON lines that a folder, a file of label names or MSR-VTT's json stands for; None: it has lines itself."""
+    if os.path.isdir(path):
+        endings = None if source == "label" else VIDEO_ENDINGS if source == "video" else IMAGE_ENDINGS
+        with os.scandir(path) as entries:
+            names = sorted(e.name for e in entries if
+                           (e.is_dir() if endings is None else e.name.lower().endswith(endings)))
+        lines = [{"path": name} | ({"caption": name.replace("_", " ")} if source == "label" else {}) for name in names]
+    elif source == "label":  # "n01440764 tench, Tinca tinca"
+        with open(path, encoding="utf-8") as file:
+            pairs = [line.strip().partition(" ") for line in file if line.strip()]
+        lines = [{"path": folder, "caption": [name.strip() for name in names.split(",")]} for folder, _, names in pairs]
+    elif path.endswith(".json"):  # MSR-VTT
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        captions = {video["video_id"]: [] for video in data["videos"]}
+        for sentence in data["sentences"]:
+            captions.get(sentence["video_id"], []).append(sentence["caption"])  # of another split: not listed
+        lines = [{"videoid": video, "caption": texts} for video, texts in captions.items()]
+    else:
+        return None
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a sample is made of, beside its item. With (source, item, fps, k) it says every pixel of it."""
+
+    frames: int
+    width: int
+    height: int
+    fps_values: tuple = VIDEO_FPS
+    starts: int = 1  # different starts a clip and FPS
+    draws: int = 1  # different sets of images a label
+    random_crop: bool = False  # else from the middle
+    flip: bool = False  # left and right, half of the time, where the caption cannot mention a side
+    seed: int = 0
+
+    def repeats(self, source: str) -> int:
+        return {"video": self.starts, "label": self.draws, "caption": 1}[source]
+
+
+SIDES = re.compile(r"\b(left|right|east|west|(counter-?|anti-?)?clockwise|text|letter|word|sign)", re.IGNORECASE)
+
+
+def draw_view(caption: str, spec: Spec, rng) -> View:
+    left, top, mirror = rng.random(3)
+    mirror = spec.flip and mirror < 0.5 and not SIDES.search(caption)
+    return View(left, top, mirror) if spec.random_crop else View(mirror=mirror)
+
+
+@dataclass
+class Sample:
+    data: torch.Tensor  # frames uint8 (T, 3, H, W), or their moments (T, 2C, h, w); T = 1 for a captioned image
+    caption: str
+    fps: int
+    k: int
+    skipped: tuple = ()  # (path, reason) of images of a label that could not be read
+    context: torch.Tensor | None = None  # (L, D), encoded ahead
+
+
+def read_sample(source: str, i: int, item: Item, spec: Spec, choose) -> Sample:
+    """One sample of an item; choose(FPS values that the item offers) -> (fps, k). Raises Bad.
+
+    Caption, view and start are a function of (seed, source, item, fps, k): the same live and encoded ahead.
+    """
+    with opened(item.path) if source == "video" else nullcontext() as video:
+        fps, k = choose(offered_fps(source, video, spec))
+        rng = np.random.default_rng([spec.seed, SOURCES.index(source), i, fps, k])
+        caption, skipped = item.captions[rng.integers(len(item.captions))], ()
+        if source == "label":
+            frames, skipped = label_images(item.path, caption, spec, rng)
+        elif source == "caption":
+            frames = fit_image(item.path, spec.width, spec.height, draw_view(caption, spec, rng))[None]
+        else:
+            frames = clip_frames(video, fps, caption, spec, rng)
+    return Sample(frames, caption, fps, k, skipped)
+
+
+def offered_fps(source: str, video: Video | None, spec: Spec) -> list[int]:
+    if source != "video":
+        return [LABEL_FPS if source == "label" else CAPTION_FPS]
+    offered = usable_fps(video.rate, video.duration, spec.frames, spec.fps_values)
+    if not offered:
+        raise Bad("too short")
+    return offered
+
+
+def clip_frames(video: Video, fps: int, caption: str, spec: Spec, rng) -> torch.Tensor:
+    """T frames from a random start (T, 3, H, W), all of one view."""
+    view = draw_view(caption, spec, rng)
+    start = rng.uniform(0, video.duration - (spec.frames - 1) / fps)
+    frames = frames_at(video, [start + t / fps for t in range(spec.frames)])
+    fitted = {id(f): fit_frame(f, video.aspect, spec.width, spec.height, view) for f in frames}  # some stay longer
+    return torch.stack([fitted[id(f)] for f in frames])
+
+
+def label_images(folder: str, caption: str, spec: Spec, rng):
+    """T different images of a folder (T, 3, H, W), with repeats only where there are too few; and those passed over."""
+    names, images, skipped = image_names(folder), [], []
+    for j in rng.permutation(len(names)):
+        path = os.path.join(folder, names[j])
+        try:
+            images.append(fit_image(path, spec.width, spec.height, draw_view(caption, spec, rng)))
+        except Bad as bad:
+            skipped.append((path, str(bad)))
+        if len(images) == spec.frames:
+            break
+    if not images:
+        raise Bad("no image in it that can be read")
+    return torch.stack([images[t % len(images)] for t in range(spec.frames)]), tuple(skipped)
+
+
+def image_names(folder: str) -> list[str]:
     try:
-        items = {"video": read_webvid, "label": read_labels, "caption": read_captions}[source](path)
+        return sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS))
     except OSError as error:
-        raise UserError(f"{source} list {path} cannot be read: {error.strerror or error}") from error
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{source} list {path} is not of the expected form: {error!r}") from error
-    if not items:
-        raise UserError(f"{source} list {path} is empty")
-    return items
+        raise Bad("not a folder that can be read") from error
 
 
-def read_webvid(path):
-    """CSV with videoid, page_dir, name; the files are videos/page_dir/videoid.mp4 beside the list."""
-    folder = os.path.join(os.path.dirname(path), "videos")
-    with open(path, newline="", encoding="utf-8") as file:
-        return [
-            (row["name"], [os.path.join(folder, row["page_dir"], row["videoid"] + ".mp4")])
-            for row in csv.DictReader(file)
-        ]
+class LiveClips:
+    """Samples decoded when they are asked for; the VAE makes latents of them in the training process."""
 
+    def __init__(self, lists: dict[str, str], spec: Spec):
+        self.items = {source: Items(source, path) for source, path in lists.items()}
+        self.spec, self.empty_context = spec, None
 
-def read_labels(path):
-    """One folder a label, its name the caption, the images in it."""
-    labels = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    return [(label, [entry.path for entry in sorted(os.scandir(os.path.join(path, label)), key=lambda e: e.name)])
-            for label in labels]
+    def count(self, source: str) -> int:
+        return len(self.items.get(source, ()))
 
+    def name(self, source: str, i: int) -> str:
+        return self.items[source].name(i)
 
-def read_captions(path):
-    """JSON lines with path and caption."""
-    folder = os.path.dirname(path)
-    with open(path, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    return [(line["caption"], [os.path.join(folder, line["path"])]) for line in lines]
+    def sample(self, source: str, i: int, u: float, v: float) -> Sample:
+        """The sample of item i that the numbers u and v in 0..1 choose: its FPS and its k."""
+
+        def choose(offered):
+            return offered[int(u * len(offered))], int(v * self.spec.repeats(source))
+
+        return read_sample(source, i, self.items[source][i], self.spec, choose)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Clips (Equation 6)
+# Samples encoded ahead
 
 
-def usable_fps(rate: float, duration: float, T: int, values=VIDEO_FPS) -> list[int]:
-    """The FPS values that a clip of `rate` frames a second and `duration` seconds offers for T frames."""
-    return [f for f in values if f <= 1.01 * rate and (T - 1) / f < duration]
+def read_settings(folder: str) -> dict:
+    with open(os.path.join(folder, "spec.json"), encoding="utf-8") as file:
+        return json.load(file)
 
 
-def read_clip(path: str, fps: float, T: int, rng) -> np.ndarray:
-    """T frames at `fps` from a random start: uint8 (T, H, W, 3).
+class EncodedClips:
+    """A folder written by `encode`, read sample by sample."""
 
-    Frames are chosen by presentation time, not by index: the k-th is the one on screen at start + k / fps.
-    """
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # many clips are read at once; one thread each is the fastest
-        base = float(stream.time_base)
-        duration, first = float(stream.duration * base), (stream.start_time or 0) * base
-        start = first + rng.uniform(0, duration - (T - 1) / fps)
-        wanted = [start + k / fps for k in range(T)]
-        container.seek(int(start / base), stream=stream)  # to the keyframe at or before it
-        frames, current = [], None
-        for frame in container.decode(stream):
-            while len(frames) < T and current is not None and frame.time > wanted[len(frames)] + 1e-6:
-                frames.append(current)
-            if len(frames) == T:
-                break
-            current = frame
-        frames += [current] * (T - len(frames))  # the last frame stays on screen to the end
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+    def __init__(self, folder: str):
+        try:
+            settings = read_settings(folder)
+            self.records = Records(os.path.join(folder, "index.jsonl"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is not a folder of encoded clips: {error}") from error
+        self.folder, self.text = folder, settings["text"]
+        self.spec = Spec(**settings["spec"] | {"fps_values": tuple(settings["spec"]["fps_values"])})
+        owners = [(SOURCES.index(line["source"]), line["item"]) for line in map(json.loads, self.records)]
+        owners = np.array(owners).reshape(-1, 2)
+        self.rows = {source: np.flatnonzero(owners[:, 0] == s) for s, source in enumerate(SOURCES)}
+        self.owners = {source: owners[rows, 1] for source, rows in self.rows.items()}  # rising
+        self.empty_context = self.tensor("empty.safetensors", "context", 0) if self.text else None
 
+    def tensor(self, shard: str, name: str, row: int) -> torch.Tensor:
+        with safe_open(os.path.join(self.folder, shard), framework="pt") as file:  # mapped: one small read
+            return file.get_slice(name)[row]
 
-def read_image(path: str) -> np.ndarray:
-    """uint8 (H, W, 3)."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    def count(self, source: str) -> int:
+        return int(self.owners[source][-1]) + 1 if len(self.owners[source]) else 0
 
+    def lines(self, source: str, i: int) -> list[dict]:
+        """What the index has of an item."""
+        first, last = np.searchsorted(self.owners[source], [i, i + 1])
+        return [json.loads(self.records[n]) for n in self.rows[source][first:last]]
 
-def fit(frames: np.ndarray, width: int, height: int) -> torch.Tensor:
-    """Resize (antialiased) and crop to the middle: uint8 (T, H, W, 3) -> uint8 (T, 3, height, width)."""
-    x = torch.tensor(frames).permute(0, 3, 1, 2)
-    H, W = x.shape[-2:]
-    if (H, W) == (height, width):
-        return x
-    scale = max(height / H, width / W)
-    h, w = max(height, round(H * scale)), max(width, round(W * scale))
-    x = F.interpolate(x.float(), (h, w), mode="bicubic", antialias=True).round().clamp(0, 255).to(torch.uint8)
-    top, left = (h - height) // 2, (w - width) // 2
-    return x[:, :, top : top + height, left : left + width]
+    def name(self, source: str, i: int) -> str:
+        return self.lines(source, i)[0]["path"]
 
-
-def generator(*key: int) -> torch.Generator:
-    """Randomness that is a function of its key: (seed, step, ...)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-def sample_rng(seed: int, source: str, item: int, fps: int, k: int):
-    """The generator behind the k-th sample of an item: the same decoding live and encoding ahead."""
-    return np.random.default_rng([seed, SOURCES.index(source), item, fps, k])
-
-
-def read_sample(source, files, fps, T, size, rng) -> torch.Tensor:
-    """The frames of one sample: uint8 (T, 3, H, W); one frame only for a captioned image, which is repeated later."""
-    if source == "video":
-        return fit(read_clip(files[0], fps, T, rng), *size)
-    if source == "label":  # without repeats where there are enough images
-        chosen = rng.choice(len(files), T, replace=len(files) < T)
-        return torch.cat([fit(read_image(files[i])[None], *size) for i in chosen])
-    return fit(read_image(files[0])[None], *size)
-
-
-def clip_fps(path: str, T: int, values) -> list[int]:
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        return usable_fps(float(stream.average_rate), float(stream.duration * stream.time_base), T, values)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding ahead: latents on disk, so that training needs neither decoder nor VAE
-
-SHARD = 512  # samples a file
-
-
-def encode(model, lists: dict[str, str], out: str, *, frames, size, fps_values=VIDEO_FPS, starts=1, draws=1, seed=0):
-    """Write VAE mean and log-variance of every sample of the lists into a folder: index.jsonl and safetensors shards.
-
-    lists    source -> path
-    starts   samples a (clip, FPS); draws: samples a label
-    Written beside and renamed into place.
-    """
-    if os.path.exists(out):
-        raise UserError(f"{out} is there already: choose another folder, or remove it")
-    part = out + ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    model.vae.to(memory_format=torch.channels_last)  # a third faster on the CPU
-    index, shard = [], 0
-    for source, path in lists.items():
-        items = read_list(source, path)
-        tasks = list(sample_tasks(source, items, frames, fps_values, starts if source == "video" else draws))
-        bar = tqdm(total=len(tasks), desc=f"encode {source}", unit="clip", mininterval=2)
-        for at in range(0, len(tasks), SHARD):
-            batch, name = tasks[at : at + SHARD], f"{shard:05d}.safetensors"
-            moments = []
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter; the VAE runs here
-                jobs = [(source, items[item][1], fps, frames, size, sample_rng(seed, source, item, fps, k))
-                        for item, fps, k in batch]
-                for clip in pool.map(lambda job: read_sample(*job), jobs):
-                    moments.append(encode_frames(model.vae, clip).half().cpu())
-                    bar.update()
-            save_file({"moments": torch.stack(moments).contiguous()}, os.path.join(part, name))
-            index += [
-                {"shard": name, "row": row, "source": source, "item": item, "caption": items[item][0], "fps": fps,
-                 "k": k, "seed": seed}
-                for row, (item, fps, k) in enumerate(batch)
-            ]
-            shard += 1
-        bar.close()
-    with open(os.path.join(part, "index.jsonl"), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in index)
-    os.rename(part, out)
-
-
-def sample_tasks(source, items, T, fps_values, repeats):
-    """(item, fps, k) of every sample."""
-    for i, (_, files) in enumerate(items):
-        still = {"label": [LABEL_FPS], "caption": [CAPTION_FPS]}
-        for fps in still.get(source) or clip_fps(files[0], T, fps_values):
-            for k in range(1 if source == "caption" else repeats):
-                yield i, fps, k
+    def sample(self, source: str, i: int, u: float, v: float) -> Sample:
+        """As LiveClips.sample: FPS values and k of an item stand in the order in which they are offered live."""
+        lines, repeats = self.lines(source, i), self.spec.repeats(source)
+        line = lines[int(u * (len(lines) // repeats)) * repeats + int(v * repeats)] if len(lines) > 1 else lines[0]
+        if "bad" in line:
+            raise Bad(line["bad"])
+        context = self.tensor(line["shard"], "context", line["row"]) if self.text else None
+        return Sample(self.tensor(line["shard"], "moments", line["row"]), line["caption"], line["fps"], line["k"],
+                      tuple(map(tuple, line["skipped"])), context)
 
 
 def encode_frames(vae, frames, chunk=16):
-    """uint8 (T, 3, H, W) -> moments (T, 8, h, w): mean and log-variance, before the latent scale."""
+    """uint8 (T, 3, H, W) -> moments (T, 2C, h, w): mean and log-variance, before the latent scale."""
     weight = vae.post_quant_conv.weight
     with torch.no_grad():
         return torch.cat([
@@ -226,119 +397,158 @@ def encode_frames(vae, frames, chunk=16):
 
 @dataclass
 class Batch:
-    latents: torch.Tensor  # (B, T, 4, h, w), scaled
-    captions: list[str]
-    fps: torch.Tensor  # (B,)
+    samples: list[Sample]
+    captions: list[str]  # "" where dropped
     sources: list[str]
+    fps: torch.Tensor  # (B,)
+    posterior: tuple  # key of the noise with which latents are drawn
+    context: torch.Tensor | None  # (B, L, D), when encoded ahead
+    faults: list[tuple[str, str, str]]  # (source, name, reason) of what was met and could not be used
 
-
-class EncodedClips:
-    """A folder written by `encode`. Shards stay memory-mapped: a sample costs one small read."""
-
-    def __init__(self, folder: str):
-        try:
-            with open(os.path.join(folder, "index.jsonl"), encoding="utf-8") as file:
-                self.index = [json.loads(line) for line in file]
-        except OSError as error:
-            raise UserError(f"{folder} is not a folder of encoded clips: {error.strerror or error}") from error
-        names = sorted({line["shard"] for line in self.index})
-        self.shards = {name: safe_open(os.path.join(folder, name), framework="pt") for name in names}
-        self.rows = {s: [i for i, line in enumerate(self.index) if line["source"] == s] for s in SOURCES}
-
-    def moments(self, i: int) -> torch.Tensor:
-        """(T, 8, h, w) of sample i; T = 1 for a captioned image."""
-        line = self.index[i]
-        return self.shards[line["shard"]].get_slice("moments")[line["row"]]
+    def latents(self, vae, scale: float, T: int) -> torch.Tensor:
+        """Draw from the VAE's posterior (B, T, C, h, w), scaled. One still becomes T equal frames."""
+        latents, noise_of = [], generator(*self.posterior)
+        for sample in self.samples:
+            moments = sample.data if sample.data.is_floating_point() else encode_frames(vae, sample.data).cpu()
+            mean, logvar = moments.float().chunk(2, dim=1)
+            noise = torch.randn(mean.shape, generator=noise_of)
+            latents.append(((mean + (logvar / 2).exp() * noise) * scale).expand(T, -1, -1, -1))
+        return torch.stack(latents)
 
 
 class Stream:
     """The endless, seeded order in which samples are met. Batch n is a function of (seed, n, rank) and nothing else,
-    so resuming is asking for the next n.
+    neither of the number of worker processes nor of what came before: resuming is asking for the next n.
 
     mix  source -> weight: in every sum(weights) consecutive samples each source appears `weight` times
     """
 
-    def __init__(self, clips: EncodedClips, mix: dict[str, int], batch_size: int, frames: int, latent_scale: float,
-                 seed=0, rank=0, world=1, drop_caption=0.1):
-        missing = [s for s, weight in mix.items() if weight and not clips.rows.get(s)]
+    def __init__(self, clips, mix: dict[str, int], batch_size: int, seed=0, rank=0, world=1, drop_caption=0.1):
+        missing = [s for s, weight in mix.items() if weight and not clips.count(s)]
         if missing:
             raise UserError(f"mix asks for source {missing[0]!r}, of which there is no sample")
-        self.clips, self.batch_size, self.frames, self.scale = clips, batch_size, frames, latent_scale
-        self.seed, self.rank, self.world, self.drop_caption = seed, rank, world, drop_caption
+        self.clips, self.batch_size, self.drop_caption = clips, batch_size, drop_caption
+        self.seed, self.rank, self.world = seed, rank, world
         self.pattern = [s for s, weight in mix.items() for _ in range(weight)]
-        self.orders = {}
 
-    def sample_at(self, position: int) -> int:
-        """Which sample stands at a position of the stream shared by all ranks."""
+    def place(self, position: int) -> tuple[str, int, int]:
+        """(source, epoch, offset in it) at a position of the stream that all ranks share."""
         turn, slot = divmod(position, len(self.pattern))
         source = self.pattern[slot]
         weight, before = self.pattern.count(source), self.pattern[:slot].count(source)
-        rows = self.clips.rows[source]
-        epoch, offset = divmod(turn * weight + before, len(rows))
-        if self.orders.get(source, (None,))[0] != epoch:
-            order = np.random.default_rng([self.seed, SOURCES.index(source), epoch]).permutation(len(rows))
-            self.orders[source] = epoch, order
-        return rows[self.orders[source][1][offset]]
+        return source, *divmod(turn * weight + before, self.clips.count(source))
+
+    def item_at(self, position: int) -> tuple[str, int]:
+        """Every item once an epoch, in a new order each."""
+        source, epoch, offset = self.place(position)
+        return source, shuffled(offset, self.clips.count(source), (self.seed, SOURCES.index(source), epoch))
+
+    def sample_at(self, position: int, faults: list) -> Sample:
+        """The sample at a position. One that cannot be used is noted, and gives way to one of a random item."""
+        source, item = self.item_at(position)
+        for attempt in range(100):
+            rng = np.random.default_rng([self.seed, position, attempt])
+            if attempt:
+                item = int(rng.integers(self.clips.count(source)))
+            try:
+                sample = self.clips.sample(source, item, *rng.random(2))
+            except Bad as bad:
+                faults.append((source, self.clips.name(source, item), str(bad)))
+                continue
+            faults += [(source, path, reason) for path, reason in sample.skipped]
+            return sample
+        raise UserError(f"a hundred {source} samples in a row cannot be used, the last, {faults[-1][1]}, because: "
+                        f"{faults[-1][2]}")
 
     def batch(self, n: int) -> Batch:
-        first = (n * self.world + self.rank) * self.batch_size
-        chosen = [self.sample_at(first + j) for j in range(self.batch_size)]
-        lines = [self.clips.index[i] for i in chosen]
-        noise = generator(self.seed, n, self.rank)
-        latents = [self.draw(self.clips.moments(i).float(), noise) for i in chosen]
-        dropped = torch.rand(self.batch_size, generator=noise) < self.drop_caption  # classifier-free guidance
-        captions = ["" if drop else line["caption"] for line, drop in zip(lines, dropped)]
-        fps = torch.tensor([float(line["fps"]) for line in lines])
-        return Batch(torch.stack(latents), captions, fps, [line["source"] for line in lines])
+        first, faults = (n * self.world + self.rank) * self.batch_size, []
+        positions = range(first, first + self.batch_size)
+        samples = [self.sample_at(position, faults) for position in positions]
+        draws = torch.rand(self.batch_size, generator=generator(self.seed, n, self.rank))
+        dropped = (draws < self.drop_caption).tolist()  # for classifier-free guidance
+        captions = ["" if drop else sample.caption for drop, sample in zip(dropped, samples)]
+        empty, context = self.clips.empty_context, None
+        if empty is not None:
+            context = torch.stack([empty if drop else s.context for drop, s in zip(dropped, samples)]).float()
+        return Batch(samples, captions, [self.place(p)[0] for p in positions],
+                     torch.tensor([float(sample.fps) for sample in samples]), (self.seed, n, self.rank, 1), context,
+                     faults)
 
-    def draw(self, moments, noise):
-        """Sample the VAE's posterior; one still becomes T equal frames."""
-        mean, logvar = moments.chunk(2, dim=1)
-        latent = (mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=noise)) * self.scale
-        return latent.expand(self.frames, -1, -1, -1)
-
-
-def frame_pool(lists: dict[str, str], count: int, size, seed=0) -> torch.Tensor:
-    """`count` frames drawn evenly from the sources, for training a VAE: uint8 (count, 3, H, W), in memory."""
-    rng = np.random.default_rng(seed)
-    pool, share = [], math.ceil(count / len(lists))
-    for source, path in lists.items():
-        items = read_list(source, path)
-        each = math.ceil(share / len(items))
-        for i in tqdm(rng.permutation(len(items))[:share], desc=f"frames of {source}", mininterval=2):
-            files = items[i][1]
-            if source == "video":
-                pool.append(fit(read_clip(files[0], 1, min(each, 4), rng), *size))
-            else:
-                chosen = rng.choice(len(files), min(each, len(files)), replace=False)
-                pool += [fit(read_image(files[j])[None], *size) for j in chosen]
-    return torch.cat(pool)
+    def __getitem__(self, n: int):
+        """For the loader: an error of the user crosses from the worker as a value, without the worker's traceback."""
+        try:
+            return self.batch(n)
+        except UserError as error:
+            return error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+def shuffled(i: int, n: int, key) -> int:
+    """The i-th of a random order of 0..n-1, with no order kept: a Feistel network, walked until it lands inside."""
+    keys = np.random.SeedSequence(key).generate_state(4, np.uint64).tolist()
+    bits = max(1, (n - 1).bit_length() + 1) // 2
+    while True:
+        left, right = i >> bits, i & (1 << bits) - 1
+        for k in keys:
+            mixed = (right + k) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+            left, right = right, left ^ mixed >> 64 - bits
+        i = left << bits | right
+        if i < n:
+            return i
 
 
-def main():
-    parser = Parser(description="Prepare training data.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("encode", help="store the VAE latents of every sample")
-    p.add_argument("out", metavar="OUT")
-    p.add_argument("--ckpt", required=True, help="the model whose VAE encodes")
-    for source in SOURCES:
-        p.add_argument(f"--{source}", metavar="LIST")
-    p.add_argument("--frames", type=int, default=16)
-    p.add_argument("--size", default="256x256", metavar="WxH")
-    p.add_argument("--fps", type=int, nargs="+", default=VIDEO_FPS)
-    p.add_argument("--starts", type=int, default=1, help="samples a clip and FPS")
-    p.add_argument("--draws", type=int, default=1, help="samples a label")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    lists = {source: getattr(args, source) for source in SOURCES if getattr(args, source)}
-    encode(load(args.ckpt, args.device), lists, args.out, frames=args.frames, size=parse_size(args.size),
-           fps_values=args.fps, starts=args.starts, draws=args.draws, seed=args.seed)
+def generator(*key: int) -> torch.Generator:
+    """Randomness that is a function of its key: (seed, step, ...)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+LOADER_LIMIT = 300  # seconds without a batch
+
+
+def batches(stream: Stream, first: int, last: int, workers: int, limit=LOADER_LIMIT):
+    """Batches first..last-1, read ahead by worker processes; none of those: here, one by one.
+
+    Raises UserError when a worker hangs.
+    """
+    if not workers:
+        yield from map(stream.batch, range(first, last))
+        return
+    # a fork server: forked from a process that decodes, or has a GPU, libav's locks may stay locked for ever
+    loader = DataLoader(stream, batch_size=None, sampler=range(first, last), num_workers=workers, prefetch_factor=4,
+                        timeout=limit, multiprocessing_context="forkserver")
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        raise UserError(f"no batch within {limit} s: a worker hangs, or {workers} workers are too few") from error
+
+
+class Faults:
+    """Counts what could not be used and names each once, on stderr; raises UserError when it becomes too much.
+
+    share  of the samples that may be bad, once there were a hundred
+    """
+
+    def __init__(self, share: float):
+        self.share, self.met, self.bad, self.named = share, 0, 0, set()
+
+    def add(self, batch: Batch):
+        self.met += len(batch.samples) + len(batch.faults)
+        self.bad += len(batch.faults)
+        for source, name, reason in batch.faults:
+            if name not in self.named:
+                self.named.add(name)
+                print(f"skipped {source} {name}: {reason}", file=sys.stderr, flush=True)
+        if self.met >= 100 and self.bad > self.share * self.met:
+            raise UserError(f"{self.bad} of {self.met} samples cannot be used, more than max_bad = {self.share}: see "
+                            "the names above, or run `python data.py check` on the list")
 
 
 if __name__ == "__main__":
+    from prepare import main  # what is done once, before training; it builds on this file
+
     command_line(main)

@@ -168,8 +168,10 @@ def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=5
         return fold(video, rows, cols).to(device, dtype)
 
     with torch.no_grad():
-        context = model.text(model.text.tokenize(prompts)[0].to(device))
-        without = model.text(model.text.tokenize([negative])[0].to(device)).expand_as(context)
+        place = model.text.model.token_embedding.weight.device  # in training the tower may have stayed on the CPU
+        tokens = model.text.tokenize([*prompts, negative])[0].to(place)
+        context = model.text(tokens).to(device)
+        context, without = context[:-1], context[-1:].expand(len(prompts), -1, -1)
     video = frames > 1
     condition = torch.full((len(prompts),), float(settings.fps if fps is None else fps), device=device)
     run = denoise(unet, NoiseSchedule(settings), noise(), context, without, condition if video else None,
@@ -185,7 +187,7 @@ def decode(model: Model, latents, chunk=16):
     """Scaled latents (B, T, 4, h, w) -> uint8 (B, T, H, W, 3), a few frames at a time to be light on memory."""
     B, T = latents.shape[:2]
     weight = model.vae.post_quant_conv.weight
-    flat = (latents.flatten(0, 1) / model.settings.latent_scale).to(weight.dtype)
+    flat = (latents.flatten(0, 1) / model.settings.latent_scale).to(weight.device, weight.dtype)
     with torch.no_grad():
         images = torch.cat([to_uint8(model.vae.decode(part)) for part in flat.split(chunk)])
     return images.unflatten(0, (B, T)).cpu().numpy()

@@ -8,15 +8,17 @@ its last checkpoint stands, with nothing to restore but weights, moments and the
 """
 
 import ast
-import copy
 import difflib
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import typing
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -27,8 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 import model as models
 import toy
 from checkpoint import Model, Settings, UserError, build, command_line, load, save
-from data import SOURCES, EncodedClips, Stream, encode, frame_pool, generator
+from data import SOURCES, EncodedClips, Faults, LiveClips, Spec, Stream, batches, generator
 from grid import fold, grid_shape
+from offload import OffloadAdamW
+from prepare import encode, frame_pool
 from sample import NoiseSchedule, generate, to_uint8, write_png
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,17 +58,21 @@ class Config:
     toy_clips: int = 864  # videos
     toy_images: int = 16  # images a label
     toy_captioned: int = 720  # captioned images
-    video: str = ""  # lists, see data.py
-    label: str = ""  # folder of folders of images
-    caption: str = ""  # JSON lines of captioned images
-    encoded: str = ""  # folder of their latents, encoded when missing
+    video: str = ""  # list of clips; what lists may be is said in data.py
+    label: str = ""  # folder of folders of images, or a file of their names
+    caption: str = ""  # list of captioned images
+    encoded: str = ""  # folder of their latents, encoded when missing; "" decodes and encodes live
+    workers: int = 0  # processes that read ahead; decoding live wants them
+    max_bad: float = 0.1  # share of the samples that may be unusable
     mix: dict = field(default_factory=lambda: {"video": 2, "label": 1, "caption": 1})  # shares of a batch
     frames: int = 16  # of a clip; they must make a grid, see grid.py
     width: int = 256  # of a frame, in pixels
     height: int = 256  # likewise
     fps_values: tuple = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
-    starts: int = 1  # encoded samples a clip and FPS
-    draws: int = 16  # encoded samples a label
+    starts: int = 1  # different starts a clip and FPS
+    draws: int = 16  # different sets of images a label
+    random_crop: bool = False  # else the middle
+    flip: bool = False  # mirror half of the samples whose caption cannot mention a side
     frame_pool: int = 8000  # frames in memory for training a VAE
     drop_caption: float = 0.1  # captions dropped, for classifier-free guidance
 
@@ -148,8 +156,6 @@ def check_config(cfg: Config):
     for name, known in choices.items():
         if getattr(cfg, name) not in known:
             raise UserError(f"{name} is one of {', '.join(known)}, not {getattr(cfg, name)!r}")
-    if cfg.train == "unet" and not cfg.encoded:
-        raise UserError("encoded must name the folder of encoded clips; it is made when it is not there")
     whole = len(cfg.timesteps) == 2 and all(type(t) is int for t in cfg.timesteps)
     if not whole or not 0 <= cfg.timesteps[0] < cfg.timesteps[1] <= NoiseSchedule.timesteps:
         raise UserError(f"timesteps are two rising whole numbers in 0..{NoiseSchedule.timesteps}, not {cfg.timesteps}")
@@ -244,25 +250,29 @@ class Progress:
 
 
 class Denoising(nn.Module):
-    """Mean squared error of the UNet's prediction: forward gives the loss of each sample (B,)."""
+    """Mean squared error of the UNet's prediction: forward gives the loss of each sample (B,).
 
-    def __init__(self, model: Model, cfg: Config):
+    text  the tower, or None where the context was encoded ahead
+    """
+
+    def __init__(self, model: Model, cfg: Config, text: nn.Module | None):
         super().__init__()
-        self.unet, self.text = model.unet, model.text
+        self.unet, self.text = model.unet, text
         self.unet.checkpointing = cfg.checkpointing
-        self.tokenize = model.text.tokenize
         if not cfg.train_text:
-            self.text.requires_grad_(False)
+            model.text.requires_grad_(False)
         self.schedule = NoiseSchedule(model.settings)
         self.grid, self.timesteps, self.shift = grid_shape(cfg.frames), cfg.timesteps, cfg.timestep_shift
 
-    def forward(self, latents, tokens, fps, u, eps):
-        """latents (B, T, 4, h, w) clean, tokens (B, L), fps (B,), u (B,) uniform in 0..1, eps like the folded grid."""
+    def forward(self, latents, prompt, fps, u, eps):
+        """latents (B, T, 4, h, w) clean, prompt: tokens (B, L) or context (B, L, D), fps (B,), u (B,) uniform in 0..1,
+        eps like the folded grid."""
         x0 = fold(latents, *self.grid)
         first, last = self.timesteps
         t = first + self.shift * u / (1 + (self.shift - 1) * u) * (last - first)
         t = t.long().clamp(max=last - 1)  # the largest u below 1 can round up to 1
-        output = self.unet(self.schedule.add_noise(x0, eps, t), t, self.text(tokens), fps, self.grid)
+        context = self.text(prompt) if self.text else prompt
+        output = self.unet(self.schedule.add_noise(x0, eps, t), t, context, fps, self.grid)
         error = output.float() - self.schedule.target(x0, eps, t)
         return error.square().mean(dim=(1, 2, 3))
 
@@ -289,21 +299,31 @@ class Autoencoding(nn.Module):
 class UNetTask:
     """Batches and loss of training the denoiser."""
 
-    def __init__(self, model: Model, cfg: Config, clips: EncodedClips, rank: int, world: int):
-        self.module = Denoising(model, cfg)
-        self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.frames, model.settings.latent_scale, cfg.seed,
-                             rank, world, cfg.drop_caption)
+    def __init__(self, model: Model, cfg: Config, clips: LiveClips | EncodedClips, rank: int, world: int):
+        self.cfg, self.vae, self.scale = cfg, model.vae, model.settings.latent_scale
+        if cfg.train_text:
+            clips.empty_context = None  # no context but the tower's own
+        self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.seed, rank, world, cfg.drop_caption)
+        self.tokenize = model.text.tokenize
+        self.module = Denoising(model, cfg, model.text if clips.empty_context is None else None)
+        self.faults = Faults(cfg.max_bad)
 
-    def batch(self, n: int, noise: torch.Generator):
-        """The n-th micro-batch of this rank: (names of the sources, arguments of the module)."""
-        batch = self.stream.batch(n)
-        B, T, C, h, w = batch.latents.shape
+    def begin(self, first: int, last: int):
+        """Be ready for the micro-batches first..last-1 of this rank, in this order."""
+        self.loader = batches(self.stream, first, last, self.cfg.workers)
+
+    def batch(self, noise: torch.Generator):
+        """The next micro-batch: (names of the sources, arguments of the module)."""
+        batch = next(self.loader)
+        self.faults.add(batch)
+        latents = batch.latents(self.vae, self.scale, self.cfg.frames)
+        B, T, C, h, w = latents.shape
         rows, cols = self.module.grid
         # one timestep a stratum: the loss of a batch is less of a lottery
         u = (torch.arange(B) + torch.rand(B, generator=noise))[torch.randperm(B, generator=noise)] / B
         eps = torch.randn(B, C, rows * h, cols * w, generator=noise)
-        tokens = self.module.tokenize(batch.captions)[0]
-        return batch.sources, (batch.latents, tokens, batch.fps, u, eps)
+        prompt = self.tokenize(batch.captions)[0] if batch.context is None else batch.context
+        return batch.sources, (latents, prompt, batch.fps, u, eps)
 
 
 class VAETask:
@@ -315,7 +335,10 @@ class VAETask:
         self.batch_size, self.factor = cfg.batch_size, model.vae.cfg.downsampling
         self.channels = model.vae.cfg.latent_channels
 
-    def batch(self, n: int, noise: torch.Generator):
+    def begin(self, first: int, last: int):
+        """Batches are drawn from memory: there is nothing to make ready."""
+
+    def batch(self, noise: torch.Generator):
         chosen = torch.randint(len(self.pool), (self.batch_size,), generator=noise)
         images = self.pool[chosen].float() / 127.5 - 1
         h, w = (side // self.factor for side in images.shape[-2:])
@@ -328,31 +351,24 @@ class VAETask:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Moving average of the weights
-
-
-class EMA:
-    """A second copy of the module that trails the first."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.module, self.decay = copy.deepcopy(module).requires_grad_(False).eval(), decay
-
-    def update(self, module: nn.Module, step: int):
-        decay = min(self.decay, (1 + step) / (10 + step))  # young averages forget fast
-        ours, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of a run: step-00000500.pt holds all that a resume needs
 
 
-def save_run(cfg: Config, step: int, module, ema, optimizer, scaler):
-    """Write beside, rename into place, then drop all but the newest `keep`."""
+def save_run(cfg: Config, step: int, module, optimizer: OffloadAdamW, scale: "LossScale"):
+    """Write beside, rename into place, then drop all but the newest `keep`. Every rank must call it.
+
+    Raises UserError when it cannot be written; the checkpoints before it stay whole.
+    """
     state = {"step": step, "config": asdict(cfg), "module": module.state_dict(), "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict(), "ema": ema.module.state_dict() if ema else None}
+             "scale": vars(scale)}
+    if optimizer.rank:
+        return
     path = os.path.join(cfg.out_dir, f"step-{step:08d}.pt")
-    torch.save(state, path + ".part")
+    try:
+        torch.save(state, path + ".part")
+    except (OSError, RuntimeError) as error:  # of a full disk torch says RuntimeError
+        os.remove(path + ".part")
+        raise UserError(f"{path} cannot be written, is the disk full? Those before it are whole ({error})") from error
     os.replace(path + ".part", path)
     for old in run_checkpoints(cfg.out_dir)[: -cfg.keep]:
         os.remove(old)
@@ -363,19 +379,28 @@ def run_checkpoints(out_dir: str) -> list[str]:
     return sorted(os.path.join(out_dir, name) for name in os.listdir(out_dir) if re.fullmatch(r"step-\d+\.pt", name))
 
 
-def resume_run(cfg: Config, module, ema, optimizer, scaler, device) -> int:
-    """Load the newest checkpoint of the run, if there is one; returns the step to go on with."""
-    found = run_checkpoints(cfg.out_dir)
-    if not found:
-        return 0
-    state = torch.load(found[-1], map_location=device, weights_only=True)
-    module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if ema:
-        ema.module.load_state_dict(state["ema"])
-    print(f"resume from {found[-1]}", flush=True)
-    return state["step"]
+def is_whole(path: str) -> bool:
+    """Whether every byte of a checkpoint is the one that was written: torch.save leaves checksums."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def resume_run(cfg: Config, module, optimizer: OffloadAdamW, scale: "LossScale") -> int:
+    """Load the newest whole checkpoint of the run, if there is one; returns the step to go on with."""
+    for path in reversed(run_checkpoints(cfg.out_dir)):
+        if not is_whole(path):
+            print(f"{path} is damaged: trying the one before", file=sys.stderr, flush=True)
+            continue
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        vars(scale).update(state["scale"])
+        print(f"resume from {path}", flush=True)
+        return state["step"]
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,15 +424,68 @@ def prepare(cfg: Config, model: Model, rank: int, world: int, device):
     if rank == 0:
         os.makedirs(cfg.out_dir, exist_ok=True)
         lists = data_lists(cfg)
-        if cfg.train == "unet" and not os.path.exists(cfg.encoded):
-            model.vae.to(device)
-            encode(model, lists, cfg.encoded, frames=cfg.frames, size=(cfg.width, cfg.height),
-                   fps_values=cfg.fps_values, starts=cfg.starts, draws=cfg.draws, seed=cfg.seed)
+        if cfg.train == "unet" and cfg.encoded and not os.path.exists(cfg.encoded):
+            model.vae.to(device), model.text.to(device)
+            encode(model, lists, cfg.encoded, sample_spec(cfg), text=not cfg.train_text)
     if world > 1:
         dist.barrier()
-    if cfg.train == "unet":
-        return UNetTask(model, cfg, EncodedClips(cfg.encoded), rank, world)
-    return VAETask(model, cfg, data_lists(cfg))
+    if cfg.train == "vae":
+        return VAETask(model, cfg, data_lists(cfg))
+    return UNetTask(model, cfg, open_clips(cfg, model, device), rank, world)
+
+
+def sample_spec(cfg: Config) -> Spec:
+    return Spec(cfg.frames, cfg.width, cfg.height, tuple(cfg.fps_values), cfg.starts, cfg.draws, cfg.random_crop,
+                cfg.flip, cfg.seed)
+
+
+def open_clips(cfg: Config, model: Model, device) -> LiveClips | EncodedClips:
+    """The samples of a run. Raises UserError when those encoded ahead are of other options than the config's."""
+    if not cfg.encoded:
+        model.vae.to(device, memory_format=torch.channels_last)
+        return LiveClips(data_lists(cfg), sample_spec(cfg))
+    clips, wanted = EncodedClips(cfg.encoded), sample_spec(cfg)
+    for name in ("frames", "width", "height", "fps_values", "starts", "draws", "random_crop", "flip"):
+        theirs, ours = getattr(clips.spec, name), getattr(wanted, name)
+        if theirs != ours:
+            raise UserError(f"{cfg.encoded} was encoded with {name} = {theirs}, the config says {ours}: choose another "
+                            "folder for `encoded`, or remove it")
+    return clips
+
+
+class LossScale:
+    """Of fp16: what the loss is multiplied with, so that small gradients are not lost. 1 of other dtypes."""
+
+    def __init__(self, enabled: bool):
+        self.enabled, self.value, self.good, self.bad = enabled, 2.0**16 if enabled else 1.0, 0, 0
+
+    def update(self, finite: bool):
+        """Half as large after a step that overflowed, twice as large after 2,000 that did not."""
+        self.good, self.bad = (self.good + 1, 0) if finite else (0, self.bad + 1)
+        if self.enabled and not finite:
+            self.value = max(1.0, self.value / 2)
+        elif self.enabled and self.good % 2000 == 0:
+            self.value *= 2
+
+
+NOT_FINISHED = 75  # exit status, sysexits.h's "try again": a scheduler that sees it starts the run again
+MAX_BAD_STEPS = 10  # in a row
+
+
+class Interrupt:
+    """Notes SIGTERM and SIGINT, on whichever rank they arrive; the loop asks after every step."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: setattr(self, "name", signal.Signals(number).name))
+
+    def anywhere(self, optimizer: OffloadAdamW) -> bool:
+        """Whether any rank was asked to stop: all leave after the same step."""
+        asked = torch.tensor(float(self.name is not None))
+        if optimizer.world > 1:
+            dist.all_reduce(asked, group=optimizer.gloo)
+        return asked.item() > 0
 
 
 def train(cfg: Config):
@@ -418,59 +496,73 @@ def train(cfg: Config):
     module = task.module.to(device)
     if device.type == "cpu":  # oneDNN's convolutions are faster so
         module.to(memory_format=torch.channels_last)
-    ema = EMA(module, cfg.ema) if cfg.ema else None
-    params = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
-    start = resume_run(cfg, module, ema, optimizer, scaler, device)
+    group = {"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+    optimizer, scale = OffloadAdamW([group], cfg.ema, rank, world), LossScale(cfg.dtype == "float16")
+    start = resume_run(cfg, module, optimizer, scale)
     ddp = DistributedDataParallel(module) if world > 1 else module
+    optimizer.attach(ddp)
     log = Log(cfg, start) if rank == 0 else None
+    interrupt = Interrupt()
+    task.begin(start * cfg.accumulate, cfg.max_steps * cfg.accumulate)
 
     for step in range(start, cfg.max_steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
-        losses, sources = [], []
-        for micro in range(cfg.accumulate):
-            noise = generator(cfg.seed, step, micro, rank)
-            names, batch = task.batch(step * cfg.accumulate + micro, noise)
-            last = micro == cfg.accumulate - 1
-            with torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
-                if world > 1:
-                    ddp.require_backward_grad_sync = last
-                loss = ddp(*(x.to(device, non_blocking=True) for x in batch))
-            scaler.scale(loss.mean() / cfg.accumulate).backward()
-            losses.append(loss.detach())
-            sources += names
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(params, cfg.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.update(module, step)
+        losses, sources = backward(cfg, step, task, ddp, optimizer, scale, device)
+        norm = optimizer.step(cfg.clip, scale.value)
+        scale.update(math.isfinite(norm))
+        module.zero_grad(set_to_none=True)
 
         done = step + 1
+        stopped = interrupt.anywhere(optimizer) and done < cfg.max_steps
         if rank == 0:
-            log.step(done, torch.cat(losses), sources, norm, learning_rate(cfg, step))
-            if done % cfg.save_every == 0 or done == cfg.max_steps:
-                save_run(cfg, done, module, ema, optimizer, scaler)
-            if done % cfg.sheet_every == 0 or done == cfg.max_steps:
-                current = snapshot(model, task, ema)
-                save(stamped(current, cfg, done), os.path.join(cfg.out_dir, "model.safetensors"))
-                sheet(cfg, current, task, done)
+            log.step(done, losses, sources, norm, learning_rate(cfg, step), scale)
+        if scale.bad == MAX_BAD_STEPS:
+            raise UserError(f"step {done}: {MAX_BAD_STEPS} gradients in a row are not finite; look at the data of "
+                            "these steps, at lr, and whether dtype = bfloat16 trains")
+        if done % cfg.save_every == 0 or done == cfg.max_steps or stopped:
+            save_run(cfg, done, module, optimizer, scale)
+        if done % cfg.sheet_every == 0 or done == cfg.max_steps:
+            show(cfg, model, task, optimizer, done)
+        if stopped:
+            print(f"stopped by {interrupt.name or 'another rank'} after step {done}, saved; the same command goes on")
+            sys.exit(NOT_FINISHED)
     if world > 1:
         dist.destroy_process_group()
 
 
-def snapshot(model: Model, task, ema) -> Model:
-    """The model as one would sample it now: the moving average where there is one, in evaluation mode."""
-    module = ema.module if ema else task.module
-    settings = replace(model.settings, ema=bool(ema))
+def backward(cfg: Config, step: int, task, ddp, optimizer: OffloadAdamW, scale: LossScale, device):
+    """Gradients of all micro-batches of a step -> (loss of each sample, names of their sources)."""
+    losses, sources = [], []
+    for micro in range(cfg.accumulate):
+        names, batch = task.batch(generator(cfg.seed, step, micro, optimizer.rank))
+        optimizer.last_micro_batch = micro == cfg.accumulate - 1
+        if optimizer.world > 1:
+            ddp.require_backward_grad_sync = optimizer.last_micro_batch
+        with torch.autocast(device.type, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
+            loss = ddp(*(x.to(device, non_blocking=True) for x in batch))
+        (loss.mean() * (scale.value / cfg.accumulate)).backward()
+        losses.append(loss.detach())
+        sources += names
+    return torch.cat(losses), sources
+
+
+def show(cfg: Config, model: Model, task, optimizer: OffloadAdamW, step: int):
+    """Rank 0 writes the model as it is now, with averaged weights where they are kept, and a sheet of samples."""
+    with optimizer.averaged():
+        if optimizer.rank == 0:
+            current = snapshot(cfg, model, task)
+            save(stamped(current, cfg, step), os.path.join(cfg.out_dir, "model.safetensors"))
+            sheet(cfg, current, task, step)
+
+
+def snapshot(cfg: Config, model: Model, task) -> Model:
+    """The model as one would sample it now."""
+    settings = replace(model.settings, ema=bool(cfg.ema))
     if isinstance(task, VAETask):
         with torch.no_grad():
             settings = replace(settings, latent_scale=task.latent_scale())
-        return Model(model.unet, module.vae, model.text, settings)
-    return Model(module.unet, model.vae, module.text, settings)
+    return Model(model.unet, model.vae, model.text, settings)
 
 
 def commit() -> str:
@@ -509,10 +601,13 @@ class Log:
     """A line to read every `log_every` steps, a JSON line in metrics.jsonl for each of them."""
 
     def __init__(self, cfg: Config, start: int):
-        self.cfg, self.at, self.time, self.sums = cfg, start, time.time(), {}
+        self.cfg, self.at, self.time, self.sums, self.skipped = cfg, start, time.time(), {}, 0
         self.file = open(os.path.join(cfg.out_dir, "metrics.jsonl"), "a", encoding="utf-8")
 
-    def step(self, step, losses, sources, norm, lr):
+    def step(self, step, losses, sources, norm, lr, scale: LossScale):
+        if not math.isfinite(norm):
+            self.skipped += 1
+            print(f"step {step} skipped: the gradient is not finite (loss scale {scale.value:g})", flush=True)
         for loss, source in zip(losses.tolist(), sources):
             for name in ("loss", f"loss_{source}"):
                 total, n = self.sums.get(name, (0.0, 0))
@@ -524,9 +619,10 @@ class Log:
         left = int((self.cfg.max_steps - step) / speed)
         print(f"step {step}/{self.cfg.max_steps}  "
               + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-              + f"  |grad| {float(norm):.3f}  lr {lr:.2e}  {speed:.2f} steps/s"
+              + f"  |grad| {norm:.3f}  lr {lr:.2e}  {speed:.2f} steps/s"
               + f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", flush=True)
-        line = {"step": step, **means, "grad_norm": float(norm), "lr": lr, "steps_per_s": speed, "time": time.time()}
+        line = {"step": step, **means, "grad_norm": norm, "skipped": self.skipped, "lr": lr, "steps_per_s": speed,
+                "time": time.time()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self.at, self.time, self.sums = step, time.time(), {}

@@ -1,0 +1,182 @@
+"""Speed and memory, ours beside the peers: one command a question, every ratio from two things in one run.
+
+    pip install torchcodec decord        # peers of `data`; torchcodec needs the system's ffmpeg
+    python bench.py data                 # reading clips: 16 frames of 256x256 from 336x596 H.264
+    pip install deepspeed ninja          # the peer of `optimizer`; it compiles itself at its first use
+    python bench.py optimizer            # AdamW on the CPU, 100 M parameters
+"""
+
+import math
+import os
+import statistics
+import tempfile
+import time
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from checkpoint import Parser, command_line
+from media import View, cover, fit_frame, frames_at, opened
+from offload import OffloadAdamW
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading clips
+
+T, SIDE, CLIPS = 16, 256, 8
+
+
+def write_scene(path: str, seed: int, seconds=20, rate=30, width=596, height=336):
+    """A textured scene under a camera that pans and zooms: H.264 as x264's defaults make it, keyframes 250 apart."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).resize((2400, 1600), Image.BICUBIC)
+    fine = rng.normal(0, 12, (1600, 2400, 1))
+    scene = Image.fromarray((np.asarray(coarse) + fine).clip(0, 255).astype(np.uint8))
+    with av.open(path, "w") as file:
+        stream = file.add_stream("libx264", rate=rate, options={"crf": "23", "preset": "medium"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for n in range(seconds * rate):
+            zoom = 1 + 0.3 * math.sin(n / 90)
+            left, top = 700 + 600 * math.sin(n / 150), 500 + 400 * math.cos(n / 130)
+            box = (left, top, left + width * zoom, top + height * zoom)
+            file.mux(stream.encode(av.VideoFrame.from_image(scene.resize((width, height), Image.BILINEAR, box))))
+        file.mux(stream.encode())
+
+
+def read_ours(path: str, times) -> torch.Tensor:
+    with opened(path) as video:
+        return torch.stack([fit_frame(frame, video.aspect, SIDE, SIDE, View()) for frame in frames_at(video, times)])
+
+
+def resized(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 (T, 3, H, W) as a torchcodec or decord user would bring it to size: antialiased, on uint8, cropped."""
+    w, h = cover(frames.shape[-1], frames.shape[-2], SIDE, SIDE)
+    frames = F.interpolate(frames, (h, w), mode="bicubic", antialias=True)
+    top, left = (h - SIDE) // 2, (w - SIDE) // 2
+    return frames[..., top : top + SIDE, left : left + SIDE]
+
+
+def read_torchcodec(path: str, times) -> torch.Tensor:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="approximate")
+    return resized(decoder.get_frames_played_at(list(times)).data)
+
+
+def read_decord(path: str, times) -> torch.Tensor:
+    import decord
+
+    reader = decord.VideoReader(path, num_threads=1)
+    frames = reader.get_batch([int(t * reader.get_avg_fps() + 1e-6) for t in times]).asnumpy()
+    return resized(torch.from_numpy(frames).permute(0, 3, 1, 2))
+
+
+def command_data(args):
+    """Clips a second on one core, alternating between the readers; what they agree on is printed too."""
+    torch.set_num_threads(1)
+    readers = {"ours": read_ours, "torchcodec": read_torchcodec, "decord": read_decord}
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, f"{n}.mp4") for n in range(CLIPS)]
+        for n, path in enumerate(paths):
+            write_scene(path, n)
+        print(f"{'FPS':>4} " + " ".join(f"{name:>18}" for name in readers) + "   ours / best   difference")
+        totals = {name: 0.0 for name in readers}
+        for fps in (1, 2, 4, 8, 15, 30):
+            spent, difference = {name: [] for name in readers}, 0.0
+            for path in paths:
+                times = rng.uniform(0, 20 - (T - 1) / fps - 0.1) + np.arange(T) / fps
+                clips = {}
+                for name, read in readers.items():
+                    began = time.perf_counter()
+                    clips[name] = read(path, times)
+                    spent[name].append(time.perf_counter() - began)
+                difference = max(difference, (clips["ours"].float() - clips["torchcodec"].float()).abs().mean().item())
+            rates = {name: 1 / statistics.median(seconds) for name, seconds in spent.items()}
+            for name, seconds in spent.items():
+                totals[name] += statistics.median(seconds)
+            best = max(rate for name, rate in rates.items() if name != "ours")
+            print(f"{fps:4d} " + " ".join(f"{rate:10.1f} clips/s" for rate in rates.values())
+                  + f"   {rates['ours'] / best:11.2f}   {difference:.2f} of 255", flush=True)
+        mean = {name: 6 / total for name, total in totals.items()}
+        best = max(rate for name, rate in mean.items() if name != "ours")
+        print(f"{'all':>4} " + " ".join(f"{rate:10.1f} clips/s" for rate in mean.values())
+              + f"   {mean['ours'] / best:11.2f}")
+        print(f"eight GPUs at a batch of 6 a second each: {48 / mean['ours']:.1f} cores")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+LAYERS, WIDTH, REPEATS = 25, 2000, 15  # 100 M numbers
+OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.03}
+
+
+def fresh_parameters() -> list[torch.nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(WIDTH, WIDTH, generator=g)) for _ in range(LAYERS)]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=g)
+    return params
+
+
+def whole_step(params, update, clip=1.0, scale=1024.0):
+    """Unscale, global norm, clip, update, as a loop around a plain optimizer does it."""
+    grads = [p.grad for p in params]
+    torch._foreach_mul_(grads, 1 / scale)
+    torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
+    update()
+
+
+def command_optimizer(args):
+    """Seconds a step; every line alternates with the others in one run."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    sets = {name: fresh_parameters() for name in ("ours", "deepspeed", "foreach")}
+    ours = OffloadAdamW([{"params": sets["ours"], **OPTIONS}])
+    deepspeed = DeepSpeedCPUAdam(sets["deepspeed"], adamw_mode=True, **OPTIONS)
+    foreach = torch.optim.AdamW(sets["foreach"], foreach=True, **OPTIONS)
+    a, b, c = (torch.randn(LAYERS * WIDTH * WIDTH) for _ in range(3))
+    grads = [p.grad.clone() for p in sets["ours"]]
+    ours.step()  # makes the state
+    steps = {
+        "triad, a = b + 2 c": lambda: torch.add(b, c, alpha=2.0, out=a),
+        "update: ours (torch's fused)": ours.inner.step,
+        "update: DeepSpeedCPUAdam": deepspeed.step,
+        "update: torch's foreach": foreach.step,
+        "whole: ours": lambda: ours.step(clip=1.0, scale=1024.0),
+        "whole: DeepSpeedCPUAdam": lambda: whole_step(sets["deepspeed"], deepspeed.step),
+        "whole: torch's foreach": lambda: whole_step(sets["foreach"], foreach.step),
+    }
+    spent = {name: [] for name in steps}
+    for n in range(REPEATS + 2):
+        for name, step in steps.items():
+            for p, grad in zip([p for params in sets.values() for p in params], grads * len(sets)):
+                p.grad.copy_(grad)  # a step leaves it scaled
+            began = time.perf_counter()
+            step()
+            if n >= 2:
+                spent[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(seconds) for name, seconds in spent.items()}
+    ceiling = medians["triad, a = b + 2 c"] * 7 / 3  # an update reads four arrays and writes three
+    for name, seconds in medians.items():
+        kind = name.split(":")[0]
+        peer = medians.get(f"{kind}: DeepSpeedCPUAdam", math.nan)
+        print(f"{name:32} {seconds * 1e3:7.1f} ms (quartiles {np.quantile(spent[name], 0.25) * 1e3:.1f} to "
+              f"{np.quantile(spent[name], 0.75) * 1e3:.1f})   {peer / seconds:5.2f}x DeepSpeed   "
+              f"{ceiling / seconds:5.0%} of the memory's ceiling")
+
+
+def main():
+    parser = Parser(description="Speed and memory, ours beside the peers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("data", help="reading clips, beside torchcodec and decord").set_defaults(run=command_data)
+    commands.add_parser("optimizer", help="AdamW on the CPU, beside DeepSpeed").set_defaults(run=command_optimizer)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,209 @@
+"""A file -> frames: libav for videos, Pillow for images.
+
+What the open web calls a video is often none. Whatever is wrong with a file is a Bad with a reason, found in bounded
+time and memory; frames come out upright, in RGB, with square pixels, those on screen at the times asked for.
+"""
+
+import bisect
+import math
+import os
+import re
+import stat
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
+VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+class Bad(Exception):
+    """What cannot be used. The text is the reason, the same for the same fault, so that reasons can be counted."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos
+
+
+@dataclass
+class Video:
+    """An open video: frames a second on average, where it starts and how long it lasts, in seconds."""
+
+    stream: av.VideoStream
+    rate: float
+    start: float
+    duration: float
+    aspect: float  # width of a pixel through its height
+
+
+TIME_LIMIT = 30  # seconds a file may take
+BYTE_LIMIT = 1 << 29  # of one clip, compressed
+PIXEL_LIMIT = 1 << 26  # of one frame
+# what holds video and nothing else: a playlist among downloaded files could name any other file, or a URL
+SKIPPING = ("h264", "hevc", "mpeg4", "mpeg2video")  # a packet is a frame; AV1 may show that of an earlier packet
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,m4v,h264,hevc,ivf,mjpeg"
+
+
+@contextmanager
+def opened(path: str):
+    """The video in a file, decoded by one thread. Whatever is wrong with the file becomes a Bad."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Bad("not a regular file")  # opening a fifo would wait for ever
+        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+        with av.open(path, container_options=options, metadata_errors="replace", timeout=TIME_LIMIT) as container:
+            pictures = av.stream.Disposition.attached_pic  # the cover of an audio file
+            streams = [s for s in container.streams.video if s.codec_context and not s.disposition & pictures]
+            if not streams:
+                raise Bad("no video in it")
+            stream = streams[0]
+            context = stream.codec_context
+            context.thread_count, context.thread_type = 1, "NONE"  # many clips are read at once: one thread each
+            if not 0 < context.width * context.height <= PIXEL_LIMIT:
+                raise Bad("absurd size")
+            yield Video(stream, *timing(stream))
+    except FileNotFoundError as error:
+        raise Bad("missing") from error
+    except (av.FFmpegError, OSError) as error:
+        raise Bad((error.strerror or type(error).__name__).lower()) from error
+
+
+def timing(stream) -> tuple[float, float, float, float]:
+    """(rate, start, duration, aspect)."""
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    tagged = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # Matroska
+    if stream.duration:
+        duration = float(stream.duration * stream.time_base)
+    elif tagged:
+        duration = float(tagged[1]) * 3600 + float(tagged[2]) * 60 + float(tagged[3])
+    else:
+        duration = (stream.container.duration or 0) / av.time_base
+    if not 0 < rate < 1000:
+        raise Bad("no frame rate")
+    if not 0 < duration < 1e6:
+        raise Bad("no duration")
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return rate, float((stream.start_time or 0) * stream.time_base), duration, aspect if 0.1 < aspect < 10 else 1.0
+
+
+def usable_fps(rate: float, duration: float, T: int, values=VIDEO_FPS) -> list[int]:
+    """The FPS values that a clip of `rate` frames a second and `duration` seconds offers for T frames (Equation 6)."""
+    return [f for f in values if f <= 1.01 * rate and (T - 1) / f < duration]
+
+
+def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
+    """The frames on screen at some times (rising seconds, 0 is the start of the video).
+
+    Packets are read before any is decoded, so that it is known which hold a wanted frame; of the others those are not
+    decoded to which no frame refers: half of a usual H.264 file is such B-frames.
+
+    back  seconds before the first time from which on a keyframe is looked for
+    """
+    stream, context, deadline = video.stream, video.stream.codec_context, time.monotonic() + TIME_LIMIT
+    ticks = [math.floor((video.start + t + 1e-6) / stream.time_base) for t in times]
+    if times[0] > back:
+        stream.container.seek(math.floor((video.start + times[0] - back) / stream.time_base), stream=stream)
+    elif times[0] > 0:
+        stream.container.seek(min(0, math.floor(video.start * av.time_base)))  # to the beginning of the file
+    packets = read_packets(stream, ticks[-1], deadline)
+    keys = [n for n, p in enumerate(packets) if p.is_keyframe]
+    if times[0] > back and (not keys or (packets[keys[0]].pts or 0) > ticks[0]):
+        return frames_at(video, times, back=2 * back + 1)  # decoded before it, shown after it
+    if not keys:
+        raise Bad("no keyframe in it")
+    packets = packets[keys[0] :]
+    shown = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
+    wanted = {shown[max(0, bisect.bisect_right(shown, tick) - 1)] for tick in ticks} if shown else set()
+    skipping = context.name in SKIPPING and len(shown) == len(packets)
+
+    frames, current = [], None
+    for packet in [*packets, None]:  # None: what the decoder still holds back
+        context.skip_frame = "NONREF" if skipping and packet and packet.pts not in wanted else "DEFAULT"
+        for frame in context.decode(packet):
+            if frame.is_corrupt:
+                raise Bad("damaged")
+            if frame.pts is None:  # before 0, where the container has no numbers
+                continue
+            while len(frames) < len(ticks) and current is not None and frame.pts > ticks[len(frames)]:
+                frames.append(current)
+            current = frame
+        if time.monotonic() > deadline:
+            raise Bad(f"took more than {TIME_LIMIT} s")
+        if len(frames) == len(ticks):
+            return frames
+    if current is None:
+        raise Bad("no frame in it")
+    stays = max(current.duration or 0, math.ceil(1 / video.rate / stream.time_base))  # the last is on screen so long
+    if ticks[-1] > current.pts + stays:
+        raise Bad("ends early")
+    return frames + [current] * (len(ticks) - len(frames))
+
+
+def read_packets(stream, last: int, deadline: float) -> list[av.Packet]:
+    """In the order of decoding, until no later one can be shown at or before the tick `last`."""
+    packets, size = [], 0
+    for packet in stream.container.demux(stream):
+        if packet.size:
+            packets.append(packet)
+        size += packet.size
+        if size > BYTE_LIMIT or time.monotonic() > deadline:
+            raise Bad("too large")
+        if packet.dts is not None and packet.dts > last:  # shown no earlier than decoded
+            break
+    return packets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of one size
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a picture is taken: left and top of what is cut off, as a share of it; mirrored or not."""
+
+    left: float = 0.5  # in 0..1, without 1
+    top: float = 0.5
+    mirror: bool = False
+
+
+def cover(w: float, h: float, width: int, height: int) -> tuple[int, int]:
+    """The size at which a picture of shape w x h just covers width x height."""
+    scale = max(width / w, height / h)
+    return max(width, round(w * scale)), max(height, round(h * scale))
+
+
+def crop(pixels: np.ndarray, width: int, height: int, view: View) -> torch.Tensor:
+    """uint8 (H, W, 3) -> uint8 (3, height, width)."""
+    H, W = pixels.shape[:2]
+    top, left = int((H - height + 1) * view.top), int((W - width + 1) * view.left)
+    part = pixels[top : top + height, left : left + width]
+    return torch.tensor(np.ascontiguousarray(part[:, ::-1] if view.mirror else part)).permute(2, 0, 1)
+
+
+def fit_frame(frame: av.VideoFrame, aspect: float, width: int, height: int, view: View) -> torch.Tensor:
+    """Upright, in RGB, with square pixels, resized (bicubic, antialiased) and cropped: uint8 (3, height, width)."""
+    quarters = round(frame.rotation / 90) % 4
+    lying = quarters % 2 == 1  # resized before it is turned
+    w, h = cover(frame.width * aspect, frame.height, *((height, width) if lying else (width, height)))
+    pixels = frame.reformat(w, h, "rgb24", interpolation="BICUBIC").to_ndarray()
+    return crop(np.rot90(pixels, quarters), width, height, view)
+
+
+def fit_image(path: str, width: int, height: int, view: View) -> torch.Tensor:
+    """Likewise of an image file."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Bad("not a regular file")
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            return crop(np.asarray(image.resize(cover(*image.size, width, height), Image.BICUBIC)), width, height, view)
+    except FileNotFoundError as error:
+        raise Bad("missing") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's verdict
+        raise Bad("not an image that can be read") from error
