@@ -396,8 +396,6 @@ def main():
     prompts = read_prompts(args)
     size = parse_size(args.size) if args.size else None
     device = pick_device(args.device)
-    if args.ckpt == SHIPPED and not os.path.exists(SHIPPED):
-        raise UserError("the tiny model is not in weights/ yet: train it (see the README), or name a model with --ckpt")
     dtype = DTYPES[args.dtype or ("float16" if device.type == "cuda" else "float32")]
     model = load(args.ckpt, device, dtype, args.prediction)
     settings = model.settings
