@@ -56,7 +56,8 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
     if os.path.exists(out):
         raise UserError(f"{out} is there already: choose another folder, or remove it")
     part, sources = out + ".part", {source: Items(source, path) for source, path in lists.items()}
-    origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype)}
+    vae = f"{sum(p.double().sum().item() for p in model.vae.parameters()):.6g}"  # tells one from another
+    origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype), "vae": vae}
     done = resume_encode(part, origin)
     model.vae.to(memory_format=torch.channels_last)  # a third faster on the CPU
     save_file({"context": encode_text(model, [""], dtype)} if text else {}, os.path.join(part, "empty.safetensors"))
@@ -259,23 +260,25 @@ def clip_filter(path: str, keep: float, model: str, pretrained: str | None, coun
 
     Scores are kept as they come: an interrupted call goes on. Under torchrun every rank scores its share.
     """
-    items, stem = Items("video", path), os.path.join(os.path.dirname(path), os.path.basename(path).rstrip("/"))
+    items, stem = Items("video", path), path.rstrip("/")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the others
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    scores = read_scores(stem)
+    by = f"{model}, {pretrained}, {count} frames, list of {len(items)}"  # scores by anything else do not count
+    scores = read_scores(stem, by)
     left = [i for i in range(rank, len(items), world) if i not in scores]
     if left:
-        score_items(items, left, ClipScore(model, pretrained, device), count, f"{stem}.scores-{rank}.jsonl", rank == 0)
+        clip = ClipScore(model, pretrained, device)
+        score_items(items, left, clip, count, by, f"{stem}.scores-{rank}.jsonl", rank == 0)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        write_filtered(items, stem, read_scores(stem), keep, count)
+        write_filtered(items, stem, read_scores(stem, by), keep, count)
 
 
-def score_items(items: Items, chosen: list[int], clip: ClipScore, count: int, out: str, show: bool):
+def score_items(items: Items, chosen: list[int], clip: ClipScore, count: int, by: str, out: str, show: bool):
     """Append a line for each item: its score, or why there is none."""
 
     def load_item(i):
@@ -292,16 +295,16 @@ def score_items(items: Items, chosen: list[int], clip: ClipScore, count: int, ou
             part = chosen[at : at + 64]
             for i, loaded in zip(part, pool.map(load_item, part)):
                 found = {"bad": str(loaded)} if isinstance(loaded, Bad) else {"score": clip(loaded[1], loaded[0])}
-                file.write(json.dumps({"item": i} | found) + "\n")
+                file.write(json.dumps({"item": i, "by": by} | found) + "\n")
                 bar.update()
             file.flush()
 
 
-def read_scores(stem: str) -> dict[int, dict]:
+def read_scores(stem: str, by: str) -> dict[int, dict]:
     """item -> its line, of every rank's file."""
     found = {}
     for path in sorted(glob.glob(glob.escape(stem) + ".scores-*.jsonl")):
-        found |= {line["item"]: line for line in map(json.loads, whole_lines(path))}
+        found |= {line["item"]: line for line in map(json.loads, whole_lines(path)) if line["by"] == by}
     return found
 
 
@@ -312,9 +315,8 @@ def write_filtered(items: Items, stem: str, scores: dict, keep: float, count: in
         raise UserError(f"no clip of {items.path} could be scored; the reasons are in {stem}.scores-*.jsonl")
     kept = ranked[: max(1, round(keep * len(items)))]
     header = [items.records[0]] if items.csv else []
-    folder = items.folder if os.path.isdir(items.path) else os.path.dirname(items.path)
-    ending = ".csv" if items.csv else ".jsonl"
-    out = os.path.join(folder, os.path.splitext(os.path.basename(stem))[0] + ".filtered" + ending)
+    name = os.path.splitext(os.path.basename(stem))[0] + ".filtered" + (".csv" if items.csv else ".jsonl")
+    out = os.path.join(items.folder, name)  # where relative paths resolve as before
     write_text(out, "".join(text.rstrip("\r\n") + "\n" for text in header + [items.record(i) for i in sorted(kept)]))
     values = np.array([scores[i]["score"] for i in ranked])
     for low, n in zip(np.histogram(values, 20)[1], np.histogram(values, 20)[0]):

@@ -94,6 +94,14 @@ def test_an_interrupted_filter_goes_on(videos, clip_weights):
     assert (videos.parent / "videos.filtered.csv").read_text() == kept
 
 
+def test_scores_of_other_settings_do_not_count(videos, clip_weights):
+    assert filtered(videos, clip_weights).returncode == 0
+    assert filtered(videos, clip_weights, "--frames", "2").returncode == 0
+    lines = (videos.parent / "videos.csv.scores-0.jsonl").read_text().splitlines()
+    assert len(lines) == 20
+    assert {json.loads(line)["by"].split(", ")[2] for line in lines} == {"4 frames", "2 frames"}
+
+
 def test_two_ranks_share_the_scoring(videos, clip_weights):
     assert filtered(videos, clip_weights, ranks=2).returncode == 0
     shares = [{json.loads(line)["item"] for line in path.read_text().splitlines()}
