@@ -207,10 +207,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished, world, tmp_path
     assert_equal_states(a, b)
 
 
-@pytest.mark.parametrize("ranks, name", [(1, "SIGKILL"), (2, "SIGKILL"), (1, "SIGTERM"),
-                                         pytest.param(2, "SIGTERM", marks=pytest.mark.slow)])
-def test_a_killed_run_ends_with_the_same_weights(world, finished, tmp_path, ranks, name):
-    """Killed at three random moments, in the middle of a save too, and started again: to the bit the unkilled run."""
+@pytest.mark.parametrize("ranks, name, moments", [
+    (1, "SIGKILL", (4, 9, 14)), (2, "SIGKILL", (9,)), (1, "SIGTERM", (9,)),
+    pytest.param(2, "SIGTERM", (4, 9, 14), marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_the_same_weights(world, finished, tmp_path, ranks, name, moments):
+    """Killed soon after some steps, in the middle of a save too, and started again: to the bit the unkilled run."""
     shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
     options = [*ci_options(world, tmp_path), "--save_every=1", "--prompts=()", f"--batch_size={4 // ranks}", "--keep=9"]
     reference = finished[0]
@@ -218,7 +219,7 @@ def test_a_killed_run_ends_with_the_same_weights(world, finished, tmp_path, rank
         reference = tmp_path / "whole"
         assert launch([*options, f"--out_dir={reference}/run"], ranks).returncode == 0
     rng, log, statuses = np.random.default_rng(ranks), tmp_path / "log", []
-    for at in (4, 9, 14):
+    for at in moments:
         process = start(options, ranks, log)
         wait_for(log, f"step {at}/20", process)
         time.sleep(rng.uniform(0, 0.1))
@@ -228,9 +229,9 @@ def test_a_killed_run_ends_with_the_same_weights(world, finished, tmp_path, rank
             process.send_signal(signal.SIGTERM)
         statuses.append(process.wait(60))
     if name == "SIGTERM":
-        assert ranks > 1 or statuses == [75] * 3  # torchrun returns 1, whatever its workers do
-        assert log.read_text().count("stopped by SIGTERM after step") == 3 * ranks
-    assert log.read_text().count("resume from") >= 2 * ranks
+        assert ranks > 1 or statuses == [75] * len(moments)  # torchrun returns 1, whatever its workers do
+        assert log.read_text().count("stopped by SIGTERM after step") == len(moments) * ranks
+    assert log.read_text().count("resume from") >= (len(moments) - 1) * ranks
     last = launch(options, ranks)
     assert last.returncode == 0 and "resume from" in last.stdout, last.stderr
     a, b = weights(reference), weights(tmp_path)
