@@ -151,8 +151,8 @@ class Items:
         """Where the file of an item lies; where it should, when it is missing."""
         name, page = fields.get("path") or fields.get("img_path"), ""
         if "videoid" in fields:  # WebVid: under its page or flat, beside the list or in videos/
-            name, page = f"{fields['videoid']}.mp4", fields.get("page_dir") or ""
-        if not isinstance(name, str) or not name.isprintable():
+            name, page = f"{fields['videoid']}.mp4", str(fields.get("page_dir") or "")
+        if not isinstance(name, str):
             raise Bad("it has no path, img_path or videoid")
         places = [os.path.join(self.folder, name)]
         if "videoid" in fields:
@@ -303,7 +303,7 @@ def label_images(folder: str, caption: str, spec: Spec, rng):
 def image_names(folder: str) -> list[str]:
     try:
         return sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no folder can have such a name
         raise Bad("not a folder that can be read") from error
 
 
@@ -339,15 +339,18 @@ def read_settings(folder: str) -> dict:
 
 
 class EncodedClips:
-    """A folder written by `encode`, read sample by sample."""
+    """A folder written by `encode`, read sample by sample.
 
-    def __init__(self, folder: str):
+    text  whether to give the context too, where it was encoded
+    """
+
+    def __init__(self, folder: str, text=True):
         try:
             settings = read_settings(folder)
             self.records = Records(os.path.join(folder, "index.jsonl"))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not a folder of encoded clips: {error}") from error
-        self.folder, self.text = folder, settings["text"]
+        self.folder, self.text = folder, text and settings["text"]
         self.spec = Spec(**settings["spec"] | {"fps_values": tuple(settings["spec"]["fps_values"])})
         owners = [(SOURCES.index(line["source"]), line["item"]) for line in map(json.loads, self.records)]
         owners = np.array(owners).reshape(-1, 2)
@@ -372,8 +375,9 @@ class EncodedClips:
 
     def sample(self, source: str, i: int, u: float, v: float) -> Sample:
         """As LiveClips.sample: FPS values and k of an item stand in the order in which they are offered live."""
-        lines, repeats = self.lines(source, i), self.spec.repeats(source)
-        line = lines[int(u * (len(lines) // repeats)) * repeats + int(v * repeats)] if len(lines) > 1 else lines[0]
+        lines = self.lines(source, i)
+        repeats = min(len(lines), self.spec.repeats(source))  # of an item that offers nothing there is one line
+        line = lines[int(u * (len(lines) // repeats)) * repeats + int(v * repeats)]
         if "bad" in line:
             raise Bad(line["bad"])
         context = self.tensor(line["shard"], "context", line["row"]) if self.text else None

@@ -50,12 +50,23 @@ SKIPPING = ("h264", "hevc", "mpeg4", "mpeg2video")  # a packet is a frame; AV1 m
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,m4v,h264,hevc,ivf,mjpeg"
 
 
+def require_file(path: str):
+    """Raise Bad unless a path is that of a regular file: opening a fifo would wait for ever."""
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have such a name
+        raise Bad("missing") from error
+    except OSError as error:
+        raise Bad(error.strerror.lower()) from error
+    if not regular:
+        raise Bad("not a regular file")
+
+
 @contextmanager
 def opened(path: str):
     """The video in a file, decoded by one thread. Whatever is wrong with the file becomes a Bad."""
+    require_file(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Bad("not a regular file")  # opening a fifo would wait for ever
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
         with av.open(path, container_options=options, metadata_errors="replace", timeout=TIME_LIMIT) as container:
             pictures = av.stream.Disposition.attached_pic  # the cover of an audio file
@@ -68,8 +79,6 @@ def opened(path: str):
             if not 0 < context.width * context.height <= PIXEL_LIMIT:
                 raise Bad("absurd size")
             yield Video(stream, *timing(stream))
-    except FileNotFoundError as error:
-        raise Bad("missing") from error
     except (av.FFmpegError, OSError) as error:
         raise Bad((error.strerror or type(error).__name__).lower()) from error
 
@@ -186,24 +195,31 @@ def crop(pixels: np.ndarray, width: int, height: int, view: View) -> torch.Tenso
     return torch.tensor(np.ascontiguousarray(part[:, ::-1] if view.mirror else part)).permute(2, 0, 1)
 
 
+def quarters(frame: av.VideoFrame) -> int:
+    """Quarter turns, counterclockwise, that put a frame upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def upright_size(frame: av.VideoFrame, aspect: float) -> tuple[float, float]:
+    """Width and height of a frame upright, in square pixels."""
+    size = frame.width * aspect, frame.height
+    return size[::-1] if quarters(frame) % 2 else size
+
+
 def fit_frame(frame: av.VideoFrame, aspect: float, width: int, height: int, view: View) -> torch.Tensor:
     """Upright, in RGB, with square pixels, resized (bicubic, antialiased) and cropped: uint8 (3, height, width)."""
-    quarters = round(frame.rotation / 90) % 4
-    lying = quarters % 2 == 1  # resized before it is turned
-    w, h = cover(frame.width * aspect, frame.height, *((height, width) if lying else (width, height)))
+    size = cover(*upright_size(frame, aspect), width, height)
+    w, h = size[::-1] if quarters(frame) % 2 else size  # resized before it is turned
     pixels = frame.reformat(w, h, "rgb24", interpolation="BICUBIC").to_ndarray()
-    return crop(np.rot90(pixels, quarters), width, height, view)
+    return crop(np.rot90(pixels, quarters(frame)), width, height, view)
 
 
 def fit_image(path: str, width: int, height: int, view: View) -> torch.Tensor:
     """Likewise of an image file."""
+    require_file(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Bad("not a regular file")
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image).convert("RGB")
             return crop(np.asarray(image.resize(cover(*image.size, width, height), Image.BICUBIC)), width, height, view)
-    except FileNotFoundError as error:
-        raise Bad("missing") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's verdict
         raise Bad("not an image that can be read") from error

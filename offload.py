@@ -185,10 +185,9 @@ class OffloadAdamW:
             p.data.copy_(value)
 
     def state_dict(self) -> dict:
-        """Whole on rank 0, empty on the others, which must call it too."""
+        """Whole on rank 0; on the others, which must call it too, without the tensors."""
         state = [self.inner.state.get(master, {}) for master in self.masters]
-        zeros = [torch.zeros_like(master) for master in self.masters]
-        parts = {name: self.whole([s.get(name, zero) for s, zero in zip(state, zeros)])
+        parts = {name: self.whole([s[name] if s else torch.zeros_like(m) for s, m in zip(state, self.masters)])
                  for name in ("exp_avg", "exp_avg_sq")}
         if self.decay:
             parts["average"] = self.whole(self.averages)

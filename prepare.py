@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import Parser, UserError, first_line, load, parse_size
 from data import SOURCES, Items, Spec, encode_frames, image_names, offered_fps, read_sample
-from media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened
+from media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened, upright_size
 
 
 def read_text(path: str) -> str:
@@ -144,7 +145,12 @@ def frame_pool(lists: dict[str, str], count: int, size, seed=0) -> torch.Tensor:
         each = math.ceil(count / len(lists) / len(items))
         spec = Spec(min(each, 4) if source == "video" else each, *size, fps_values=(1,), seed=seed)
         for i in tqdm(rng.permutation(len(items))[: math.ceil(count / len(lists))], desc=f"frames of {source}"):
-            pool.append(next(sample for *_, sample in all_samples(items, i, spec)).data)
+            try:
+                pool.append(read_sample(source, i, items[i], spec, lambda offered: (offered[0], 0)).data)
+            except Bad as bad:
+                print(f"skipped {source} {items.name(i)}: {bad}", file=sys.stderr, flush=True)
+    if not pool:
+        raise UserError(f"no frame of {', '.join(lists.values())} can be used: the reasons are above")
     return torch.cat(pool)
 
 
@@ -162,12 +168,13 @@ def check(source: str, path: str, spec: Spec):
             bar = tqdm(pool.map(lambda i: check_item(items, i, spec), chosen), total=len(chosen), desc="check")
             for i, found in zip(chosen, bar):
                 for name, reason, digest in found:
+                    kind = reason
                     if reason is None and digest in seen:
-                        reason = f"the same as {seen[digest]}"
+                        kind, reason = "duplicated", f"the same as {seen[digest]}"
                     elif reason is None:
                         seen[digest] = name
                         continue
-                    reasons["duplicated" if reason.startswith("the same as ") else reason] += 1
+                    reasons[kind] += 1
                     file.write(json.dumps({"item": i, "path": name, "reason": reason}) + "\n")
     os.replace(out + ".part", out)
     print(f"{len(items)} items, {len(seen)} files that can be used, {reasons.total()} that cannot:")
@@ -249,8 +256,7 @@ def spaced_frames(path: str, count: int) -> list[Image.Image]:
         frames = frames_at(video, [(n + 0.5) / count * video.duration for n in range(count)])
         pictures = []
         for frame in frames:
-            size = round(frame.width * video.aspect), frame.height
-            size = size[::-1] if round(frame.rotation / 90) % 2 else size
+            size = map(round, upright_size(frame, video.aspect))
             pictures.append(Image.fromarray(fit_frame(frame, video.aspect, *size, View()).permute(1, 2, 0).numpy()))
         return pictures
 
@@ -373,7 +379,7 @@ def parse_arguments():
     p.add_argument("--size", default="256x256", metavar="WxH")
     p.add_argument("--fps", type=int, nargs="+", default=VIDEO_FPS)
     p.add_argument("--starts", type=int, default=1, help="samples a clip and FPS")
-    p.add_argument("--draws", type=int, default=1, help="samples a label")
+    p.add_argument("--draws", type=int, default=16, help="samples a label")
     p.add_argument("--random_crop", action="store_true", help="instead of the middle")
     p.add_argument("--flip", action="store_true", help="half of the samples whose caption cannot mention a side")
     p.add_argument("--text", action="store_true", help="store the context of the captions too: no text tower to train")

@@ -301,8 +301,6 @@ class UNetTask:
 
     def __init__(self, model: Model, cfg: Config, clips: LiveClips | EncodedClips, rank: int, world: int):
         self.cfg, self.vae, self.scale = cfg, model.vae, model.settings.latent_scale
-        if cfg.train_text:
-            clips.empty_context = None  # no context but the tower's own
         self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.seed, rank, world, cfg.drop_caption)
         self.tokenize = model.text.tokenize
         self.module = Denoising(model, cfg, model.text if clips.empty_context is None else None)
@@ -397,7 +395,8 @@ def resume_run(cfg: Config, module, optimizer: OffloadAdamW, scale: "LossScale")
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-        vars(scale).update(state["scale"])
+        if state["config"]["dtype"] == cfg.dtype:
+            vars(scale).update(state["scale"])
         print(f"resume from {path}", flush=True)
         return state["step"]
     return 0
@@ -425,7 +424,8 @@ def prepare(cfg: Config, model: Model, rank: int, world: int, device):
         os.makedirs(cfg.out_dir, exist_ok=True)
         lists = data_lists(cfg)
         if cfg.train == "unet" and cfg.encoded and not os.path.exists(cfg.encoded):
-            model.vae.to(device), model.text.to(device)
+            model.vae.to(device)
+            model.text.to(device)
             encode(model, lists, cfg.encoded, sample_spec(cfg), text=not cfg.train_text)
     if world > 1:
         dist.barrier()
@@ -435,8 +435,7 @@ def prepare(cfg: Config, model: Model, rank: int, world: int, device):
 
 
 def sample_spec(cfg: Config) -> Spec:
-    return Spec(cfg.frames, cfg.width, cfg.height, tuple(cfg.fps_values), cfg.starts, cfg.draws, cfg.random_crop,
-                cfg.flip, cfg.seed)
+    return Spec(**{f.name: getattr(cfg, f.name) for f in fields(Spec)})
 
 
 def open_clips(cfg: Config, model: Model, device) -> LiveClips | EncodedClips:
@@ -444,10 +443,10 @@ def open_clips(cfg: Config, model: Model, device) -> LiveClips | EncodedClips:
     if not cfg.encoded:
         model.vae.to(device, memory_format=torch.channels_last)
         return LiveClips(data_lists(cfg), sample_spec(cfg))
-    clips, wanted = EncodedClips(cfg.encoded), sample_spec(cfg)
-    for name in ("frames", "width", "height", "fps_values", "starts", "draws", "random_crop", "flip"):
-        theirs, ours = getattr(clips.spec, name), getattr(wanted, name)
-        if theirs != ours:
+    clips = EncodedClips(cfg.encoded, text=not cfg.train_text)
+    for name, ours in asdict(sample_spec(cfg)).items():
+        theirs = getattr(clips.spec, name)
+        if theirs != ours and name != "seed":  # runs may share a folder
             raise UserError(f"{cfg.encoded} was encoded with {name} = {theirs}, the config says {ours}: choose another "
                             "folder for `encoded`, or remove it")
     return clips

@@ -24,7 +24,7 @@ import data
 from checkpoint import UserError, load
 from data import EncodedClips, Faults, Item, Items, LiveClips, Spec, Stream, batches, draw_view, shuffled
 from media import Bad
-from prepare import encode
+from prepare import encode, frame_pool
 
 SPEC = Spec(4, 32, 32, fps_values=(4, 8), starts=2, draws=3, seed=5)
 MIX = {"video": 2, "label": 1, "caption": 1}
@@ -197,12 +197,22 @@ def test_a_caption_that_mentions_a_side_is_never_mirrored():
     assert not any(draw_view("a car", Spec(4, 32, 32), rng).mirror for _ in range(50))
 
 
-def test_a_random_crop_is_the_same_for_all_frames_of_a_clip(lists):
-    """A crop that jumped would look like motion: the background's border stays where it is."""
+def test_a_random_crop_is_the_same_for_all_frames_of_a_clip(lists, tmp_path):
+    """A crop that jumped would look like motion: in a clip of a still ramp nothing moves, between clips it does."""
     clips = LiveClips({"video": lists["video"]}, Spec(4, 16, 24, fps_values=(8,), starts=50, random_crop=True))
     samples = [clips.sample("video", 0, 0.0, k / 50).data for k in range(50)]
     assert all(sample.shape == (4, 3, 24, 16) for sample in samples)
     assert len({sample.numpy().tobytes() for sample in samples}) > 40
+    ramp = np.linspace(0, 255, 96, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
+    write_clip(tmp_path / "still.mp4", range(0, 1200, 20), pixels=lambda n: ramp)
+    (tmp_path / "still.txt").write_text("a ramp")
+    places = {}
+    for crop in (False, True):
+        clips = LiveClips({"video": str(tmp_path)}, Spec(4, 32, 32, fps_values=(8,), starts=50, random_crop=crop))
+        samples = [clips.sample("video", 0, 0.0, k / 50).data.float() for k in range(50)]
+        assert all((sample - sample[:1]).abs().max() < 8 for sample in samples)
+        places[crop] = [round(sample[:, :, :, 0].mean().item()) for sample in samples]
+    assert max(places[False]) - min(places[False]) < 3 and max(places[True]) - min(places[True]) > 50
 
 
 def test_label_images_differ_and_repeat_only_when_few(lists, tmp_path):
@@ -445,6 +455,27 @@ def test_faults_are_named_once_and_end_the_run_when_they_are_many(bad_lists, cap
         for n in range(20, 40):
             faults.share = 0.1
             faults.add(s.batch(n))
+
+
+def test_frames_for_a_vae_come_from_what_can_be_used(bad_lists, tmp_path, capsys):
+    write_clip(tmp_path / "short.mp4", range(0, 100, 20))
+    (tmp_path / "videos.jsonl").write_text('{"path": "short.mp4", "caption": "too short for four frames"}')
+    pool = frame_pool({"caption": bad_lists["caption"]}, 8, (32, 32))
+    assert pool.shape == (6, 3, 32, 32)
+    assert capsys.readouterr().err.count("skipped caption") == 2
+    with pytest.raises(UserError, match="no frame of .*videos.jsonl can be used"):
+        frame_pool({"video": str(tmp_path / "videos.jsonl")}, 8, (32, 32))
+
+
+def test_names_that_no_file_can_have_are_missing(tmp_path):
+    lines = [{"path": "x.mp4"}, {"path": "a\0b.mp4"}, {"path": "\ud800.mp4"}, {"videoid": 7, "page_dir": 3},
+             {"videoid": "a", "page_dir": "\0"}]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(line | {"caption": "x"}) + "\n" for line in lines))
+    for source in ("video", "caption"):
+        clips = LiveClips({source: str(tmp_path / "l.jsonl")}, SPEC)
+        for i in range(len(lines)):
+            with pytest.raises(Bad, match="missing"):
+                clips.sample(source, i, 0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
