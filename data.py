@@ -405,47 +405,55 @@ class Batch:
     captions: list[str]  # "" where dropped
     sources: list[str]
     fps: torch.Tensor  # (B,)
-    posterior: tuple  # key of the noise with which latents are drawn
+    seed: int  # with the position it is the key of all randomness of a sample, on however many ranks
+    positions: list[int]  # in the stream
     context: torch.Tensor | None  # (B, L, D), when encoded ahead
     faults: list[tuple[str, str, str]]  # (source, name, reason) of what was met and could not be used
 
     def latents(self, vae, scale: float, T: int) -> torch.Tensor:
         """Draw from the VAE's posterior (B, T, C, h, w), scaled. One still becomes T equal frames."""
-        latents, noise_of = [], generator(*self.posterior)
-        for sample in self.samples:
+        latents = []
+        for sample, position in zip(self.samples, self.positions):
             moments = sample.data if sample.data.is_floating_point() else encode_frames(vae, sample.data).cpu()
             mean, logvar = moments.float().chunk(2, dim=1)
-            noise = torch.randn(mean.shape, generator=noise_of)
+            noise = torch.randn(mean.shape, generator=generator("posterior", self.seed, position))
             latents.append(((mean + (logvar / 2).exp() * noise) * scale).expand(T, -1, -1, -1))
         return torch.stack(latents)
 
 
 class Stream:
-    """The endless, seeded order in which samples are met. Batch n is a function of (seed, n, rank) and nothing else,
-    neither of the number of worker processes nor of what came before: resuming is asking for the next n.
+    """The endless, seeded order in which samples are met. What stands at a position of it is a function of the seed and
+    nothing else, neither of the number of ranks and worker processes nor of what came before: resuming is asking for
+    the next batch.
 
-    mix  source -> weight: in every sum(weights) consecutive samples each source appears `weight` times
+    mix       source -> weight: in every sum(weights) consecutive samples each source appears `weight` times
+    held_out  items at the end of each source that never appear
     """
 
-    def __init__(self, clips, mix: dict[str, int], batch_size: int, seed=0, rank=0, world=1, drop_caption=0.1):
-        missing = [s for s, weight in mix.items() if weight and not clips.count(s)]
-        if missing:
-            raise UserError(f"mix asks for source {missing[0]!r}, of which there is no sample")
-        self.clips, self.batch_size, self.drop_caption = clips, batch_size, drop_caption
-        self.seed, self.rank, self.world = seed, rank, world
+    def __init__(self, clips, mix: dict[str, int], batch_size: int, seed=0, rank=0, world=1, drop_caption=0.1,
+                 held_out=0):
         self.pattern = [s for s, weight in mix.items() for _ in range(weight)]
+        for source in self.pattern:
+            if not clips.count(source):
+                raise UserError(f"mix asks for source {source!r}, of which there is no sample")
+            if clips.count(source) <= held_out:
+                raise UserError(f"validation = {held_out} leaves nothing to train on of {clips.count(source)} "
+                                f"{source} samples")
+        self.sizes = {source: clips.count(source) - held_out for source in self.pattern}
+        self.clips, self.batch_size, self.drop_caption, self.held_out = clips, batch_size, drop_caption, held_out
+        self.seed, self.rank, self.world = seed, rank, world
 
     def place(self, position: int) -> tuple[str, int, int]:
         """(source, epoch, offset in it) at a position of the stream that all ranks share."""
         turn, slot = divmod(position, len(self.pattern))
         source = self.pattern[slot]
         weight, before = self.pattern.count(source), self.pattern[:slot].count(source)
-        return source, *divmod(turn * weight + before, self.clips.count(source))
+        return source, *divmod(turn * weight + before, self.sizes[source])
 
     def item_at(self, position: int) -> tuple[str, int]:
         """Every item once an epoch, in a new order each."""
         source, epoch, offset = self.place(position)
-        return source, shuffled(offset, self.clips.count(source), (self.seed, SOURCES.index(source), epoch))
+        return source, shuffled(offset, self.sizes[source], (self.seed, SOURCES.index(source), epoch))
 
     def sample_at(self, position: int, faults: list) -> Sample:
         """The sample at a position. One that cannot be used is noted, and gives way to one of a random item."""
@@ -453,7 +461,7 @@ class Stream:
         for attempt in range(100):
             rng = np.random.default_rng([self.seed, position, attempt])
             if attempt:
-                item = int(rng.integers(self.clips.count(source)))
+                item = int(rng.integers(self.sizes[source]))
             try:
                 sample = self.clips.sample(source, item, *rng.random(2))
             except Bad as bad:
@@ -466,17 +474,34 @@ class Stream:
 
     def batch(self, n: int) -> Batch:
         first, faults = (n * self.world + self.rank) * self.batch_size, []
-        positions = range(first, first + self.batch_size)
+        positions = list(range(first, first + self.batch_size))
         samples = [self.sample_at(position, faults) for position in positions]
-        draws = torch.rand(self.batch_size, generator=generator(self.seed, n, self.rank))
-        dropped = (draws < self.drop_caption).tolist()  # for classifier-free guidance
+        draws = [torch.rand((), generator=generator("drop", self.seed, position)).item() for position in positions]
+        dropped = [draw < self.drop_caption for draw in draws]  # for classifier-free guidance
+        sources = [self.place(position)[0] for position in positions]
+        return self.collated(samples, sources, self.seed, positions, faults, dropped)
+
+    def collated(self, samples, sources, seed, positions, faults, dropped) -> Batch:
         captions = ["" if drop else sample.caption for drop, sample in zip(dropped, samples)]
         empty, context = self.clips.empty_context, None
         if empty is not None:
             context = torch.stack([empty if drop else s.context for drop, s in zip(dropped, samples)]).float()
-        return Batch(samples, captions, [self.place(p)[0] for p in positions],
-                     torch.tensor([float(sample.fps) for sample in samples]), (self.seed, n, self.rank, 1), context,
-                     faults)
+        fps = torch.tensor([float(sample.fps) for sample in samples])
+        return Batch(samples, captions, sources, fps, seed, positions, context, faults)
+
+    def validation(self) -> Batch:
+        """What is held out, one sample an item, whatever the seed; what cannot be used is left out and noted."""
+        samples, sources, faults = [], [], []
+        for source, size in self.sizes.items():
+            for item in range(size, size + self.held_out):
+                try:
+                    sample = self.clips.sample(source, item, *np.random.default_rng(item).random(2))
+                except Bad as bad:
+                    faults.append((source, self.clips.name(source, item), str(bad)))
+                    continue
+                samples.append(sample)
+                sources.append(source)
+        return self.collated(samples, sources, 0, list(range(len(samples))), faults, [False] * len(samples))
 
     def __getitem__(self, n: int):
         """For the loader: an error of the user crosses from the worker as a value, without the worker's traceback."""
@@ -501,8 +526,9 @@ def shuffled(i: int, n: int, key) -> int:
             return i
 
 
-def generator(*key: int) -> torch.Generator:
-    """Randomness that is a function of its key: (seed, step, ...)."""
+def generator(use: str, *key: int) -> torch.Generator:
+    """Randomness that is a function of what it is for and of its key: (seed, position in the stream, ...)."""
+    key = [int.from_bytes(use.encode(), "little"), *key]
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 

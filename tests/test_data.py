@@ -379,7 +379,7 @@ def test_latents_are_scaled_posterior_samples():
     moments = torch.zeros(1, 8, 4, 4)
     moments[:, :4], moments[:, 4:] = 3.0, 2 * np.log(0.2)
     sample = data.Sample(moments, "", 120, 0)
-    draws = torch.cat([data.Batch([sample], [""], ["caption"], None, (i,), None, []).latents(None, 0.5, 1)
+    draws = torch.cat([data.Batch([sample], [""], ["caption"], None, 0, [i], None, []).latents(None, 0.5, 1)
                        for i in range(400)])
     assert abs(draws.mean() - 1.5) < 0.01 and abs(draws.std() - 0.1) < 0.01
 

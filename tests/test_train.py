@@ -1,7 +1,5 @@
 """train.py: configs, schedules, and real runs of the smallest model, alone and under torchrun."""
 
-import ast
-import dataclasses
 import json
 import math
 import os
@@ -16,72 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_equal_states, ci_options, launch, start, wait_for, weights
 from safetensors.torch import load_file, save_file
 
-import toy
 import train
-from checkpoint import UserError, load
-from grid import fold, unfold
-from sample import SHIPPED, NoiseSchedule, denoise
-
-CONFIGS = sorted(Path(ROOT, "configs").glob("*.py"))
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Config
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_reads(path):
-    train.read_config(str(path), [])
-
-
-def test_overrides_go_last():
-    overrides = ["--batch_size=8", "--lr=1", "--out_dir=/tmp/x", "--betas=[0.9,0.95]"]
-    cfg = train.read_config(f"{ROOT}/configs/ci.py", overrides)
-    assert (cfg.batch_size, cfg.lr, cfg.out_dir, cfg.betas) == (8, 1.0, "/tmp/x", (0.9, 0.95))
-    assert type(cfg.lr) is float and cfg.frames == 4
-
-
-BAD = {
-    "batchsize = 8": "did you mean 'batch_size'",
-    "batch_size = 8.5": "batch_size is of type int, not float",
-    "lr = 'high'": "lr is of type float, not str",
-    "train_text = 1": "train_text is of type bool, not int",
-    "import os": "assignments of plain values",
-    "lr = float('1')": "lr is not a plain value",
-    "batch_size = = 3": "line 1",
-}
-
-
-@pytest.mark.parametrize("text", BAD)
-def test_bad_configs_are_refused(tmp_path, text):
-    (tmp_path / "c.py").write_text(text + "\n")
-    with pytest.raises(UserError, match=re.escape(BAD[text])):
-        train.read_config(str(tmp_path / "c.py"), [])
-
-
-@pytest.mark.parametrize("override, says", [
-    ("--frames=7", "use 6 or 8"), ("--dtype=half", "dtype is one of"),
-    ("--train=unett", "train is one of"), ("--model=big", "model is one of"),
-    ("--max_step=3", "did you mean 'max_steps'"), ("max_steps=3", "--name=value"), ("--max_steps=many", "of type int")])
-def test_bad_overrides_are_refused(override, says):
-    with pytest.raises(UserError, match=re.escape(says)):
-        train.read_config(f"{ROOT}/configs/ci.py", [override])
+from checkpoint import load
 
 
 def test_command_says_mistakes_in_one_line(run):
     for arguments in (["nowhere.py"], ["configs/ci.py", "--lrr=3"]):
         done = run("train.py", *arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("train.py: ")
-
-
-def test_every_option_is_explained():
-    """Each field of Config carries its reason on its own line."""
-    source = Path(train.__file__).read_text()
-    body = source[source.index("class Config:") : source.index("def read_config")]
-    for field in dataclasses.fields(train.Config):
-        assert re.search(rf"^    {field.name}: .*  # \S", body, re.MULTILINE), field.name
 
 
 def test_learning_rate():
@@ -92,81 +35,7 @@ def test_learning_rate():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's run, without its 0.9 billion numbers
-
-
-def test_base_has_the_papers_size():
-    cfg = train.read_config(f"{ROOT}/configs/base.py", [])
-    with torch.device("meta"):
-        unet = train.models.UNet(train.PRESETS[cfg.model].unet)
-    extra = sum(p.numel() for name, p in unet.named_parameters() if name.startswith(("time_proj", "fps_proj")))
-    assert sum(p.numel() for p in unet.parameters()) - extra == 865_910_724 and extra == 78_666_240
-    assert cfg.batch_size * cfg.accumulate * 8 == 48 and cfg.betas == (0.9, 0.9) and cfg.weight_decay == 0.03
-    assert (cfg.max_steps, cfg.lr, cfg.frames, cfg.width, cfg.height) == (15_000, 1e-4, 16, 256, 256)
-
-
-def test_a_narrow_base_takes_a_step(world, tmp_path, monkeypatch):
-    """configs/base.py through the same code, with fewer channels, smaller frames and the toy world's files."""
-    sd21 = train.PRESETS["sd21"]
-    narrow = train.models.ModelConfig(
-        dataclasses.replace(sd21.unet, channels=32, context_dim=64, head_width=16),
-        dataclasses.replace(sd21.vae, channels=32),
-        dataclasses.replace(sd21.text, width=64, layers=2, heads=2, projection=64),
-    )
-    monkeypatch.setitem(train.PRESETS, "sd21", narrow)
-    overrides = ["--init=", f"--toy={world}", "--video=", "--label=", "--caption=", f"--encoded={tmp_path}/encoded",
-                 f"--out_dir={tmp_path}/run", "--width=32", "--height=32", "--fps_values=(4, 8)", "--batch_size=4",
-                 "--max_steps=1", "--dtype=bfloat16", "--prompts=()", "--draws=1"]
-    cfg = train.read_config(f"{ROOT}/configs/base.py", overrides)
-    assert cfg.frames == 16 and cfg.checkpointing and cfg.mix == {"video": 2, "label": 1, "caption": 1}
-    train.train(cfg)
-    line = json.loads(Path(tmp_path, "run", "metrics.jsonl").read_text())
-    assert line["step"] == 1 and 0.5 < line["loss"] < 2 and line["grad_norm"] > 0
-    model = load(str(tmp_path / "run" / "model.safetensors"))
-    assert model.settings.prediction == "epsilon" and model.settings.fps_trained == (0, 4, 8, 120)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Runs
-
-
-def ci_options(world, folder):
-    return [f"--toy={world}", f"--encoded={folder}/encoded", f"--out_dir={folder}/run"]
-
-
-def launch(arguments, ranks=1, **options):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *torchrun, "train.py", "configs/ci.py", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300, env=environment, **options)
-
-
-def weights(folder, step=20):
-    return torch.load(f"{folder}/run/step-{step:08d}.pt", weights_only=True)
-
-
-def assert_equal_states(a, b):
-    """To the bit, through nested dicts and lists."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal_states(a[key], b[key])
-    elif isinstance(a, list):
-        for x, y in zip(a, b):
-            assert_equal_states(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
-@pytest.fixture(scope="module")
-def finished(world, tmp_path_factory):
-    """A whole run of configs/ci.py."""
-    folder = tmp_path_factory.mktemp("ci")
-    done = launch(ci_options(world, folder))
-    assert done.returncode == 0, done.stderr
-    return folder, done
 
 
 def test_run_writes_what_it_should(finished):
@@ -237,19 +106,6 @@ def test_a_killed_run_ends_with_the_same_weights(world, finished, tmp_path, rank
     a, b = weights(reference), weights(tmp_path)
     a.pop("config"), b.pop("config")
     assert_equal_states(a, b)
-
-
-def start(arguments, ranks, log):
-    """A run in the background, its output appended to a file."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
-    with open(log, "a") as out:
-        return subprocess.Popen([sys.executable, *torchrun, "train.py", "configs/ci.py", *arguments], cwd=ROOT,
-                                stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def wait_for(log, text, process):
-    while text not in log.read_text() and process.poll() is None:
-        time.sleep(0.01)
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, world, tmp_path):
@@ -332,76 +188,6 @@ def test_vae_trains(world, tmp_path):
     with torch.no_grad():
         assert torch.isfinite(model.vae.encode(frames)[0]).all()
     assert model.settings.latent_scale != 0.18215
-
-
-def test_overfits_one_clip():
-    """The whole path learns one clip: from noise, through the VAE, it comes back at 25 dB or better."""
-    torch.manual_seed(0)
-    T, grid = 4, (2, 2)
-    shipped = load(SHIPPED)
-    vae, scale = shipped.vae, shipped.settings.latent_scale
-    path = toy.trajectory("right", np.arange(T) / 1.5, np.random.default_rng(0))
-    frames = torch.tensor(toy.draw("red", "circle", "teal", path)).permute(0, 3, 1, 2) / 127.5 - 1
-    with torch.no_grad():
-        mean = vae.encode(frames)[0]
-        reconstruction = vae.decode(mean)
-    clip = mean * scale  # (T, 4, 8, 8)
-
-    cfg = train.read_config(f"{ROOT}/configs/ci.py", [])
-    model = train.make_model(cfg)
-    task = train.Denoising(model, cfg, model.text).train()
-    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0)
-    tokens, fps = model.text.tokenize(["a red circle moving right"])[0].expand(8, -1), torch.full((8,), 8.0)
-    latents, losses, steps = clip.expand(8, -1, -1, -1, -1), [], 400
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (steps - step) / 200)
-        u = (torch.arange(8) + torch.rand(8)) / 8
-        loss = task(latents, tokens, fps, u, torch.randn(8, 4, 16, 16)).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5])
-    context = model.text(tokens[:1]).detach()
-    run = denoise(model.unet, NoiseSchedule(model.settings), fold(torch.randn(1, T, 4, 8, 8), *grid), context, context,
-                  fps[:1], grid, steps=20, guidance=1)
-    *_, (_, _, sample, _) = run
-    with torch.no_grad():
-        error = (vae.decode(unfold(sample, *grid)[0] / scale) - reconstruction).square().mean()
-    assert 10 * torch.log10(2**2 / error) >= 25
-
-
-def test_timesteps_of_the_loss():
-    """The loss of a sample is that of t = first + (last - first) s u / (1 + (s - 1) u), counted out by hand."""
-    torch.manual_seed(0)
-    cfg = train.read_config(f"{ROOT}/configs/ci.py", ["--timesteps=(600,1000)", "--timestep_shift=2.0"])
-    model = train.make_model(cfg)
-    torch.nn.init.normal_(model.unet.out[2].weight, std=0.1)  # a fresh UNet answers 0 to everything
-    task = train.Denoising(model, cfg, model.text)
-    rows, cols = task.grid
-    latents, eps = torch.randn(3, rows * cols, 4, 8, 8), torch.randn(3, 4, rows * 8, cols * 8)
-    tokens, fps = model.text.tokenize(["a", "b", "c"])[0], torch.tensor([4.0, 0.0, 120.0])
-    with torch.no_grad():
-        losses = task(latents, tokens, fps, torch.tensor([0.0, 0.5, 1.0]), eps)
-        schedule, x0, context = NoiseSchedule(model.settings), fold(latents, rows, cols), model.text(tokens)
-        for i, t in enumerate(torch.tensor([[600], [866], [999]])):  # 600 + 400 * 2/3 = 866.7; u can round to 1
-            one = slice(i, i + 1)
-            x = schedule.add_noise(x0[one], eps[one], t)
-            output = model.unet(x, t, context[one], fps[one], task.grid)
-            expected = (output - schedule.target(x0[one], eps[one], t)).square().mean()
-            assert torch.allclose(losses[i], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("value", ["(850,600)", "(0,1001)", "(-1,500)", "(5,)", "(500,500)", "(0,0.5)", "('a','b')"])
-def test_impossible_timesteps_are_refused(value):
-    with pytest.raises(UserError, match="timesteps are two rising whole numbers"):
-        train.read_config(f"{ROOT}/configs/ci.py", [f"--timesteps={value}"])
-
-
-def test_configs_hold_literals_only():
-    for path in CONFIGS:
-        assert all(isinstance(node, (ast.Assign, ast.Expr)) for node in ast.parse(path.read_text()).body)
 
 
 def test_a_folder_encoded_with_other_options_is_refused(finished, world):

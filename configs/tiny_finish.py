@@ -1,0 +1,42 @@
+"""The tiny model, last of four: every timestep again, for shapes and colours to become exact."""
+
+train = "unet"
+init = "runs/tiny_all/model.safetensors"
+train_text = True
+out_dir = "runs/tiny_finish"
+
+toy = "data/toy"
+encoded = "data/toy-encoded"
+frames = 16
+width = 64
+height = 64
+fps_values = (4, 8, 15, 30, 60)  # 16 frames at 1 or 2 FPS do not fit into 5 s
+starts = 1
+draws = 20
+mix = {"video": 10, "label": 3, "caption": 3}
+
+timestep_shift = 1.5  # backgrounds are right by now: less noise than in tiny_all.py
+default_fps = 4
+guidance = 3.0
+
+seed = 3  # not the noise of the runs before
+max_steps = 7000
+batch_size = 16
+lr = 6e-4
+warmup = 50
+cooldown = 4000
+betas = (0.9, 0.99)
+weight_decay = 0.01
+ema = 0.999
+dtype = "bfloat16"
+
+log_every = 20
+sheet_every = 500
+save_every = 250
+prompts = (
+    "a red circle moving right",
+    "a blue square moving up on a gray background",
+    "a yellow triangle moving left on a teal background",
+    "a white circle moving down on a brown background",
+)
+licence = "MIT, trained from nothing on the toy world"

@@ -1,0 +1,152 @@
+"""This process among the others of its run: who it is, what it shares with them, and whether they still live.
+
+torchrun starts the ranks, notices one that dies, names it and restarts all (`--max-restarts`). What it does not notice
+is one that hangs, for which the others then wait in a collective for ever: that is the watchdog's part.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+POLL = 0.2  # seconds between two looks
+
+
+class Ranks:
+    """One process, or one of torchrun's: `rank` of `world`, on `device`. Use as a context: it leaves the group.
+
+    timeout  seconds after which a rank that does nothing ends the job
+    """
+
+    def __init__(self, timeout: float):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+        if gpu:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            # collectives wait longer than the watchdog, which can say for whom
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=3 * timeout + 60))
+            self.gloo = dist.new_group(backend="gloo")  # for what lies on the CPU
+            self.watchdog = Watchdog(self.rank, self.world, timeout)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.world > 1:
+            self.watchdog.stop()
+            if kind is None:
+                dist.destroy_process_group()
+
+    def at(self, place: str):
+        """Tell the watchdog how far this rank has come."""
+        if self.world > 1:
+            self.watchdog.at(place)
+
+    def from_rank_0(self, name: str, make):
+        """What make() gives on rank 0, on all ranks; it may take days. JSON goes across. A name serves once."""
+        if self.world == 1:
+            return make()
+        if self.rank == 0:
+            value = make()
+            self.watchdog.store.set(name, json.dumps(value))
+            return value
+        while not self.watchdog.store.check([name]):
+            time.sleep(POLL)
+        return json.loads(self.watchdog.store.get(name))
+
+    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, of a tensor on the CPU."""
+        if self.world > 1:
+            dist.all_reduce(numbers, group=self.gloo)
+        return numbers
+
+
+class Watchdog:
+    """A thread that tells the other ranks how far this one has come, and ends the job when a rank stands still.
+
+    A rank that hangs makes all others wait, so in the end all stand still: to blame is the one that has come least far,
+    or whose own watchdog is silent too, because the process was stopped or its machine is gone.
+    """
+
+    def __init__(self, rank: int, world: int, timeout: float):
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # a client of its own, as a wait of the main thread would block the one that the process group uses
+        client = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+        self.store = dist.PrefixStore("ranks/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), client)
+        self.rank, self.world, self.timeout = rank, world, timeout
+        self.places, self.place, self.ended = 0, "start", threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def at(self, place: str):
+        self.places, self.place = self.places + 1, place
+
+    def stop(self):
+        self.ended.set()
+        self.thread.join()
+
+    def watch(self):
+        names, beats, seen = [f"rank {r}" for r in range(self.world)], 0, {}
+        while True:
+            beats += 1
+            mine = {"beat": beats, "places": self.places, "place": self.place, "ended": self.ended.is_set()}
+            try:
+                self.store.set(names[self.rank], json.dumps(mine))
+                all_there = self.store.check(names)
+                ranks = [json.loads(text) for text in self.store.multi_get(names)] if all_there else []
+            except (dist.DistError, RuntimeError):  # the store went with the process that ran it
+                self.leave("the store of rank 0's machine is gone")
+            if mine["ended"]:
+                return
+            now = time.monotonic()
+            for r, state in enumerate(ranks):
+                for what in ("beat", "places"):
+                    if seen.get((r, what), (None,))[0] != state[what]:
+                        seen[r, what] = state[what], now
+            self.judge(ranks, seen, now)
+            self.ended.wait(min(5.0, self.timeout / 10))
+
+    def judge(self, ranks, seen, now):
+        """End the job if a rank is silent, or none has moved."""
+        running = [r for r, state in enumerate(ranks) if not state["ended"]]
+        silent = [r for r in running if now - seen[r, "beat"][1] > self.timeout]
+        if silent:
+            self.end(silent, ranks, "gives no sign of life")
+        elif running and all(now - seen[r, "places"][1] > self.timeout for r in running):
+            least = min(ranks[r]["places"] for r in running)
+            self.end([r for r in running if ranks[r]["places"] == least], ranks, "does not come on")
+
+    def end(self, guilty, ranks, fault: str):
+        if self.rank in guilty:  # where it hangs; gone first, so that torchrun names it too
+            print(f"rank {self.rank} hangs here:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback()
+            self.leave(f"rank {self.rank} {fault}: it ends after {self.timeout:g} s")
+        time.sleep(1)
+        places = ", ".join(f"rank {r} (last at: {ranks[r]['place']})" for r in guilty)
+        self.leave(f"{places} {fault} since {self.timeout:g} s: the job ends")
+
+    def leave(self, why: str):
+        print(f"train.py: {why}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+class Interrupt:
+    """Notes SIGTERM and SIGINT, on whichever rank they arrive; the loop asks after every step."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: setattr(self, "name", signal.Signals(number).name))
+
+    def anywhere(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked to stop: all leave after the same step."""
+        return ranks.sum(torch.tensor(float(self.name is not None))).item() > 0

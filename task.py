@@ -1,0 +1,256 @@
+"""What a run trains: its model, its data, and a module whose forward is the loss."""
+
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
+
+import torch
+from torch import nn
+
+import toy
+from checkpoint import Model, Settings, UserError, build, load
+from config import PRESETS, Config
+from data import SOURCES, Batch, EncodedClips, Faults, LiveClips, Spec, Stream, batches, generator
+from grid import fold, grid_shape
+from prepare import encode, frame_pool
+from sample import NoiseSchedule
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and data of a run
+
+
+def make_model(cfg: Config) -> Model:
+    """The model that training starts from, on the CPU in fp32."""
+    if cfg.init:
+        model = load(cfg.init, prediction=cfg.prediction or None)
+        settings = model.settings
+    else:
+        preset = PRESETS[cfg.model]
+        unet = replace(preset.unet, mixed_embedding=cfg.mixed_embedding, fps_embedding=cfg.fps_embedding)
+        settings = Settings(prediction=cfg.prediction or "epsilon", zero_snr=cfg.zero_snr, spacing=cfg.spacing)
+        model = build(replace(preset, unet=unet), settings)
+    if cfg.vae:
+        donor = load(cfg.vae)
+        origin = {"vae": donor.settings.origin.get("vae", {"file": cfg.vae})}
+        model.vae = donor.vae
+        settings = replace(settings, latent_scale=donor.settings.latent_scale, origin=origin)
+    fps = tuple(sorted({float(f) for f in cfg.fps_values if cfg.mix.get("video")}
+                       | ({0.0} if cfg.mix.get("label") else set()) | ({120.0} if cfg.mix.get("caption") else set())))
+    model.settings = replace(
+        settings, frames=cfg.frames, width=cfg.width, height=cfg.height, fps=cfg.default_fps, fps_trained=fps,
+        guidance=cfg.guidance, grid_trained=cfg.train == "unet" or settings.grid_trained)
+    return model
+
+
+def data_lists(cfg: Config) -> dict[str, str]:
+    """source -> list. A missing toy world is rendered."""
+    lists = {source: getattr(cfg, source) for source in SOURCES}
+    if cfg.toy:
+        if not os.path.exists(cfg.toy):
+            try:
+                toy.render(cfg.toy, clips=cfg.toy_clips, images=cfg.toy_images, captioned=cfg.toy_captioned,
+                           size=cfg.width, progress=Progress("render the toy world"))
+            except toy.ToyError as error:
+                raise UserError(f"the toy world: {error}") from error
+        files = {"video": "videos.csv", "label": "labels", "caption": "images.jsonl"}
+        lists = {source: path or os.path.join(cfg.toy, files[source]) for source, path in lists.items()}
+    return {source: path for source, path in lists.items() if path and cfg.mix.get(source)}
+
+
+class Progress:
+    """A line on stderr, at most one every 5 seconds."""
+
+    def __init__(self, what: str):
+        self.what, self.last = what, 0.0
+
+    def __call__(self, done: int, total: int):
+        if time.time() - self.last > 5 or done == total:
+            self.last = time.time()
+            print(f"{self.what}: {done}/{total}", file=sys.stderr, flush=True)
+
+
+def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
+    """Render and encode what is missing -> the lists; none where everything is encoded already."""
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    ahead = cfg.encoded if cfg.train == "unet" else ""
+    if ahead and os.path.exists(ahead):
+        return {}
+    lists = data_lists(cfg)
+    if ahead:
+        model.vae.to(device)
+        model.text.to(device)
+        encode(model, lists, ahead, sample_spec(cfg), text=not cfg.train_text)
+    return lists
+
+
+def sample_spec(cfg: Config) -> Spec:
+    return Spec(**{f.name: getattr(cfg, f.name) for f in fields(Spec)})
+
+
+def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> LiveClips | EncodedClips:
+    """The samples of a run. Raises UserError when those encoded ahead are of other options than the config's."""
+    if not cfg.encoded:
+        model.vae.to(device, memory_format=torch.channels_last)
+        return LiveClips(lists, sample_spec(cfg))
+    clips = EncodedClips(cfg.encoded, text=not cfg.train_text)
+    for name, ours in asdict(sample_spec(cfg)).items():
+        theirs = getattr(clips.spec, name)
+        if theirs != ours and name != "seed":  # runs may share a folder
+            raise UserError(f"{cfg.encoded} was encoded with {name} = {theirs}, the config says {ours}: choose another "
+                            "folder for `encoded`, or remove it")
+    return clips
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained: a module whose forward is the loss, so that DDP sees all of it
+
+
+class Denoising(nn.Module):
+    """Mean squared error of the UNet's prediction: forward gives the loss of each sample (B,).
+
+    text  the tower, or None where the context was encoded ahead
+    """
+
+    def __init__(self, model: Model, cfg: Config, text: nn.Module | None):
+        super().__init__()
+        self.unet, self.text = model.unet, text
+        self.unet.checkpointing = cfg.checkpointing
+        if not cfg.train_text:
+            model.text.requires_grad_(False)
+        self.schedule, self.grid = NoiseSchedule(model.settings), grid_shape(cfg.frames)
+
+    def forward(self, latents, prompt, fps, t, eps):
+        """latents (B, T, 4, h, w) clean, prompt: tokens (B, L) or context (B, L, D), fps (B,), t (B,), eps like the
+        folded grid."""
+        x0 = fold(latents, *self.grid)
+        context = self.text(prompt) if self.text else prompt
+        output = self.unet(self.schedule.add_noise(x0, eps, t), t, context, fps, self.grid)
+        error = output - self.schedule.target(x0, eps, t)  # of full precision, as the target is
+        return error.square().mean(dim=(1, 2, 3))
+
+
+class Autoencoding(nn.Module):
+    """Reconstruction plus KL (appendix H, Equations 27-28): forward gives the loss of each image (B,).
+
+    L2, not L1: a small shape is 3% of a frame, and where every pixel pulls alike the background drowns it.
+    """
+
+    def __init__(self, model: Model, cfg: Config):
+        super().__init__()
+        self.vae, self.kl_weight = model.vae, cfg.kl_weight
+
+    def forward(self, images, eps):
+        """images (B, 3, H, W) in -1..1, eps like the latents."""
+        mean, logvar = (m.to(images.dtype) for m in self.vae.encode(images))
+        decoded = self.vae.decode(mean + (logvar / 2).exp() * eps)
+        reconstruction = (decoded - images).square().mean(dim=(1, 2, 3))
+        kl = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(dim=(1, 2, 3))  # Equation 28, a latent number
+        return reconstruction + self.kl_weight * kl
+
+
+VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)  # one would mislead: what is learned moves from noisy to clean
+
+
+def draw_timesteps(cfg: Config, positions: list[int], world: int) -> torch.Tensor:
+    """t of the samples at some positions (B,): uniform, then shifted, then into the trained range.
+
+    Of all samples of a step, on all ranks, each has a stratum of its own: its loss is less of a lottery.
+    """
+    size = cfg.batch_size * cfg.accumulate * world
+    strata = torch.randperm(size, generator=generator("strata", cfg.seed, positions[0] // size))
+    inside = torch.stack([torch.rand((), generator=generator("timestep", cfg.seed, p)) for p in positions])
+    u = (strata[[p % size for p in positions]] + inside) / size
+    first, last = cfg.timesteps
+    t = first + (last - first) * cfg.timestep_shift * u / (1 + (cfg.timestep_shift - 1) * u)
+    return t.long().clamp(max=last - 1)  # the largest u below 1 can round up to 1
+
+
+class UNetTask:
+    """Batches and loss of training the denoiser."""
+
+    def __init__(self, model: Model, cfg: Config, clips: LiveClips | EncodedClips, rank: int, world: int):
+        self.cfg, self.world, self.vae, self.scale = cfg, world, model.vae, model.settings.latent_scale
+        self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.seed, rank, world, cfg.drop_caption, cfg.validation)
+        self.tokenize = model.text.tokenize
+        self.module = Denoising(model, cfg, model.text if clips.empty_context is None else None)
+        self.faults, self.held_out = Faults(cfg.max_bad), None
+        rows, cols = self.module.grid
+        factor = model.vae.cfg.downsampling
+        self.shape = model.vae.cfg.latent_channels, rows * cfg.height // factor, cols * cfg.width // factor
+
+    def begin(self, first: int, last: int):
+        """Be ready for the micro-batches first..last-1 of this rank, in this order."""
+        self.loader = batches(self.stream, first, last, self.cfg.workers)
+
+    def batch(self):
+        """The next micro-batch: (names of the sources, arguments of the module)."""
+        batch = next(self.loader)
+        noise = self.noise(generator("noise", self.cfg.seed, position) for position in batch.positions)
+        t = draw_timesteps(self.cfg, batch.positions, self.world)
+        return batch.sources, (*self.clean(batch), t, noise)
+
+    def clean(self, batch: Batch):
+        """Latents, prompt and FPS."""
+        self.faults.add(batch)
+        prompt = self.tokenize(batch.captions)[0] if batch.context is None else batch.context
+        return batch.latents(self.vae, self.scale, self.cfg.frames), prompt, batch.fps
+
+    def noise(self, generators) -> torch.Tensor:
+        """ε of samples, each from its own generator, so that it does not depend on who else is in the batch."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+
+    def validation(self):
+        """(name, arguments of the module): what was held out at fixed timesteps, always under the same noise."""
+        self.held_out = self.held_out or self.clean(self.stream.validation())
+        n = len(self.held_out[0])
+        for t in VALIDATION_TIMESTEPS:
+            noise = self.noise(generator("validation", t, i) for i in range(n))
+            whole = *self.held_out, torch.full((n,), t), noise
+            for part in zip(*(x.split(self.cfg.batch_size) for x in whole)):
+                yield f"val_loss_{t}", part
+
+
+class VAETask:
+    """Batches and loss of training the autoencoder."""
+
+    def __init__(self, model: Model, cfg: Config, lists: dict[str, str], rank: int, world: int):
+        self.module, self.cfg, self.rank, self.world = Autoencoding(model, cfg), cfg, rank, world
+        pool = frame_pool(lists, cfg.frame_pool, (cfg.width, cfg.height), cfg.seed)
+        if len(pool) <= cfg.validation:
+            raise UserError(f"validation = {cfg.validation} leaves nothing to train on of {len(pool)} frames")
+        self.pool, self.held_out = pool[: len(pool) - cfg.validation], pool[len(pool) - cfg.validation :]
+        factor = model.vae.cfg.downsampling
+        self.latent = model.vae.cfg.latent_channels, cfg.height // factor, cfg.width // factor
+
+    def begin(self, first: int, last: int):
+        """Batches are drawn from memory: there is nothing to make ready but their number."""
+        self.n = first
+
+    def batch(self):
+        first = (self.n * self.world + self.rank) * self.cfg.batch_size
+        self.n += 1
+        noise = [generator("frame", self.cfg.seed, first + i) for i in range(self.cfg.batch_size)]
+        chosen = [torch.randint(len(self.pool), (), generator=g) for g in noise]
+        eps = torch.stack([torch.randn(self.latent, generator=g) for g in noise])
+        return ["frame"] * len(chosen), (self.pool[torch.stack(chosen)].float() / 127.5 - 1, eps)
+
+    def validation(self):
+        for part in self.held_out.split(self.cfg.batch_size):
+            yield "val_loss", (part.float() / 127.5 - 1, torch.zeros(len(part), *self.latent))
+
+    def latent_scale(self) -> float:
+        """1 / the standard deviation of the latents, so that diffusion sees them at a deviation of 1."""
+        vae = self.module.vae
+        means = [vae.encode(part.to(vae.quant_conv.weight) / 127.5 - 1)[0] for part in self.pool[:1024].split(64)]
+        return 1 / torch.cat(means).std().item()
+
+
+def loss_of(cfg: Config, module, batch, device) -> torch.Tensor:
+    """Loss of each sample (B,), in the precision of the run."""
+    whole = torch.float64 if cfg.dtype == "float64" else torch.float32
+    batch = [x.to(device, whole if x.is_floating_point() else x.dtype, non_blocking=True) for x in batch]
+    mixed = cfg.dtype in ("float16", "bfloat16")
+    with torch.autocast(device.type, getattr(torch, cfg.dtype)) if mixed else nullcontext():
+        return module(*batch)
