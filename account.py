@@ -1,1 +1,193 @@
-def dry_run(cfg): ...
+"""What a run will need, before anyone spends a night on it: `python train.py CONFIG --dry_run`.
+
+Memory is counted, not estimated: the run's own forward and backward go through tensors without contents, and every
+storage that comes and goes is written down. So a model of any size is accounted for in seconds, on any machine.
+"""
+
+import os
+import sys
+import time
+import weakref
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoint import Settings, UserError, build, load
+from config import PRESETS, Config
+from data import EncodedClips, Items, encode_frames
+from grid import grid_shape
+from model import ModelConfig
+from offload import OffloadAdamW
+from task import Autoencoding, Denoising, data_lists, loss_of
+
+
+class Account(TorchDispatchMode):
+    """Bytes of all tensors made inside that are still alive, `now` and at the `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.enter, result)
+        return result
+
+    def enter(self, tensor: torch.Tensor):
+        storage = tensor.untyped_storage()
+        if storage in self.seen:
+            return  # a view
+        self.seen.add(storage)
+        self.add(storage.nbytes())
+        weakref.finalize(storage, self.add, -storage.nbytes())
+
+    def add(self, size: int):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def during(self, work) -> int:
+        """Bytes at the peak of work(), beyond those before it."""
+        before = self.peak = self.now
+        work()
+        return self.peak - before
+
+
+def architecture(cfg: Config) -> ModelConfig:
+    """Of the run's model: read off `init` when it lies here, else the preset."""
+    if os.path.exists(cfg.init):
+        model = load(cfg.init)
+        return ModelConfig(model.unet.cfg, model.vae.cfg, model.text.cfg)
+    preset = PRESETS[cfg.model]
+    unet = replace(preset.unet, mixed_embedding=cfg.mixed_embedding, fps_embedding=cfg.fps_embedding)
+    return replace(preset, unet=unet)
+
+
+def setting(cfg: Config, architecture: ModelConfig):
+    """The run's module, a batch of zeros for it, and its VAE where frames are encoded live; weights are random."""
+    model = build(architecture, Settings(prediction="v"))
+    size, factor = cfg.batch_size, model.vae.cfg.downsampling
+    w, h, channels = cfg.width // factor, cfg.height // factor, model.vae.cfg.latent_channels
+    if cfg.train == "vae":
+        batch = torch.zeros(size, 3, cfg.height, cfg.width), torch.zeros(size, channels, h, w)
+        return Autoencoding(model, cfg), batch, None
+    tower = model.text if cfg.train_text or not cfg.encoded else None
+    text = model.text.cfg
+    prompt = torch.zeros(size, text.length, dtype=torch.long) if tower else torch.zeros(size, text.length, text.width)
+    rows, cols = grid_shape(cfg.frames)
+    batch = (torch.zeros(size, cfg.frames, channels, h, w), prompt, torch.zeros(size),
+             torch.zeros(size, dtype=torch.long), torch.zeros(size, channels, rows * h, cols * w))
+    return Denoising(model, cfg, tower), batch, None if cfg.encoded else model.vae.requires_grad_(False)
+
+
+def memory(cfg: Config, device="cpu") -> dict[str, int]:
+    """Bytes on the device by kind, number of parameters, and FLOP of a step, without allocating any of it."""
+    shape = architecture(cfg)
+    with FakeTensorMode(), torch.device(device), Account() as account:
+        module, batch, vae = setting(cfg, shape)
+        everything = [*module.parameters(), *(vae.parameters() if vae else ())]
+        trained = [p for p in everything if p.requires_grad]
+        frozen = [p for p in everything if not p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p)  # under DDP they are there from the beginning
+        activations = account.during(lambda: loss_of(cfg, module, batch, torch.device(device)).mean().backward())
+        with FlopCounterMode(display=False) as flop:
+            loss_of(cfg, module, batch, torch.device(device)).mean().backward()
+        operations = flop.get_total_flops() * cfg.accumulate
+        if vae:
+            frames = torch.zeros(cfg.frames, 3, cfg.height, cfg.width, dtype=torch.uint8)
+            activations = max(activations, account.during(lambda: encode_frames(vae, frames)))
+    return {"parameters": sum(p.numel() for p in trained), "weights": size_of(trained), "frozen": size_of(frozen),
+            "gradients": size_of(trained), "activations": activations, "flop": operations}
+
+
+def size_of(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def seconds_a_step(cfg: Config, device) -> float:
+    """Of a real step on one process, with random weights: the fastest of up to four within a minute."""
+    with device:
+        module, batch, _ = setting(cfg, architecture(cfg))
+    if device.type == "cpu":
+        module.to(memory_format=torch.channels_last)
+    optimizer = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas}], cfg.ema)
+    optimizer.attach(module)
+    seconds = []
+    while len(seconds) < 4 and sum(seconds) < 60:
+        began = time.perf_counter()
+        for micro in range(cfg.accumulate):
+            optimizer.last_micro_batch = micro == cfg.accumulate - 1
+            loss_of(cfg, module, batch, device).mean().backward()
+        optimizer.step(cfg.clip)
+        module.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def free_memory(device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def epoch(cfg: Config, world: int):
+    """Lines on how many steps each source lasts."""
+    if cfg.encoded and os.path.exists(cfg.encoded):
+        clips = EncodedClips(cfg.encoded)
+        counts = {source: clips.count(source) for source in cfg.mix if cfg.mix[source]}
+    else:
+        counts = {source: len(Items(source, path)) if os.path.exists(path) else f"{path} is not there yet"
+                  for source, path in data_lists(cfg, render=False).items()}
+    for source, count in counts.items():
+        if isinstance(count, str):
+            yield source, count
+        else:
+            share = cfg.mix[source] / sum(cfg.mix.values()) * cfg.batch_size * cfg.accumulate * world
+            left = count - cfg.validation
+            yield source, f"{left:,} items, {left / share:,.0f} steps an epoch"
+
+
+def dry_run(cfg: Config):
+    """Print parameters, memory by kind, steps an epoch, and the time of a step where it fits."""
+    if cfg.dtype == "float64":
+        raise UserError("dry_run accounts for dtype = float32, bfloat16 and float16, not float64")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    need = memory(cfg, device.type)
+    kinds = ("weights", "frozen", "gradients", "activations")
+    together = sum(need[kind] for kind in kinds)
+    state = {"masters": int(device.type != "cpu"), "moments": 2, "moving average": int(bool(cfg.ema))}
+    host = need["weights"] * sum(state.values())
+
+    def line(name, text):
+        print(f"{name:<22}{text}")
+
+    if cfg.init and not os.path.exists(cfg.init):
+        line("model", f"{cfg.model}, as {cfg.init} is not on this machine")
+    line("parameters", f"{need['parameters']:,} trained")
+    line("memory of the device", f"{together / 1e9:.2f} GB at the peak of a step")
+    for kind in kinds:
+        line("  " + kind, f"{need[kind] / 1e9:.2f} GB")
+    line("memory of the host", f"{host / 1e9:.2f} GB for {', '.join(n for n, k in state.items() if k)}; each of N "
+         "ranks holds 1/N")
+    line("computation", f"{need['flop'] / 1e12:,.2f} TFLOP a step and rank")
+    if cfg.train == "unet":
+        for source, text in epoch(cfg, world):
+            line(f"data, {source}", text)
+    free, wanted = free_memory(device), together + (host if device.type == "cpu" else 0)
+    if wanted > free:
+        line("time of a step", f"not measured: it needs {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB of this {device} "
+             "are free")
+        return
+    print("timing a step ...", file=sys.stderr, flush=True)
+    seconds = seconds_a_step(cfg, device)
+    line("time of a step", f"{seconds:.2f} s on one {device}, without reading data: "
+         f"{seconds * cfg.max_steps / 3600:.1f} h for {cfg.max_steps:,} steps")

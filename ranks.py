@@ -33,7 +33,8 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             # collectives wait longer than the watchdog, which can say for whom
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=3 * timeout + 60))
+            dist.init_process_group("nccl" if gpu else "gloo", store=shared_store("group", self.rank), rank=self.rank,
+                                    world_size=self.world, timeout=timedelta(seconds=3 * timeout + 60))
             self.gloo = dist.new_group(backend="gloo")  # for what lies on the CPU
             self.watchdog = Watchdog(self.rank, self.world, timeout)
 
@@ -70,6 +71,18 @@ class Ranks:
         return numbers
 
 
+def shared_store(use: str, rank: int | None = None) -> dist.Store:
+    """A client of the key-value store of all ranks. Keys are of this attempt: torchrun keeps the store when it restarts
+    workers, and they must not find the addresses of those before them. (torch's own rendezvous, 2.15, does.)
+
+    rank  of the first client of a process: without torchrun rank 0 runs the store
+    """
+    serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=serve,
+                           timeout=timedelta(minutes=10), wait_for_workers=False)
+    return dist.PrefixStore(f"{use}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
+
+
 class Watchdog:
     """A thread that tells the other ranks how far this one has come, and ends the job when a rank stands still.
 
@@ -78,10 +91,7 @@ class Watchdog:
     """
 
     def __init__(self, rank: int, world: int, timeout: float):
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # a client of its own, as a wait of the main thread would block the one that the process group uses
-        client = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
-        self.store = dist.PrefixStore("ranks/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), client)
+        self.store = shared_store("watchdog")  # a client of its own: the process group blocks the one it waits with
         self.rank, self.world, self.timeout = rank, world, timeout
         self.places, self.place, self.ended = 0, "start", threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
@@ -103,7 +113,7 @@ class Watchdog:
                 self.store.set(names[self.rank], json.dumps(mine))
                 all_there = self.store.check(names)
                 ranks = [json.loads(text) for text in self.store.multi_get(names)] if all_there else []
-            except (dist.DistError, RuntimeError):  # the store went with the process that ran it
+            except RuntimeError:  # the store went with the process that ran it
                 self.leave("the store of rank 0's machine is gone")
             if mine["ended"]:
                 return

@@ -44,11 +44,11 @@ def make_model(cfg: Config) -> Model:
     return model
 
 
-def data_lists(cfg: Config) -> dict[str, str]:
+def data_lists(cfg: Config, render=True) -> dict[str, str]:
     """source -> list. A missing toy world is rendered."""
     lists = {source: getattr(cfg, source) for source in SOURCES}
     if cfg.toy:
-        if not os.path.exists(cfg.toy):
+        if render and not os.path.exists(cfg.toy):
             try:
                 toy.render(cfg.toy, clips=cfg.toy_clips, images=cfg.toy_images, captioned=cfg.toy_captioned,
                            size=cfg.width, progress=Progress("render the toy world"))

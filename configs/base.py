@@ -17,6 +17,7 @@ width = 256
 height = 256
 fps_values = (1, 2, 4, 8, 15, 30, 60)
 mix = {"video": 2, "label": 1, "caption": 1}
+validation = 16
 default_fps = 30
 guidance = 7.0
 

@@ -20,11 +20,11 @@ default_fps = 4
 guidance = 3.0
 
 seed = 3  # not the noise of the runs before
-max_steps = 7000
+max_steps = 5500
 batch_size = 16
 lr = 6e-4
 warmup = 50
-cooldown = 4000
+cooldown = 3500
 betas = (0.9, 0.99)
 weight_decay = 0.01
 ema = 0.999

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,15 +61,33 @@ def finished(world, tmp_path_factory):
     return folder, done
 
 
+@pytest.fixture(scope="session")
+def by_two(world, finished, tmp_path_factory):
+    """The same run by two ranks, with a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(finished[0] / "encoded", folder / "encoded")
+    options = ["--prompts=()", "--batch_size=2", "--save_every=1", "--keep=99"]
+    done = launch([*ci_options(world, folder), *options], ranks=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 def ci_options(world, folder):
     return [f"--toy={world}", f"--encoded={folder}/encoded", f"--out_dir={folder}/run"]
 
 
-def launch(arguments, ranks=1, **options):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *torchrun, "train.py", "configs/ci.py", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, timeout=300, env=environment, **options)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(arguments, ranks, *options):
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", *options]
+    return [sys.executable, *(torchrun if ranks > 1 else []), "train.py", "configs/ci.py", *arguments]
+
+
+def launch(arguments, ranks=1):
+    """A run to its end."""
+    return subprocess.run(command(arguments, ranks), cwd=ROOT, text=True, capture_output=True, timeout=300,
+                          env=ONE_THREAD)
 
 
 def weights(folder, step=20):
@@ -90,12 +109,22 @@ def assert_equal_states(a, b):
         assert a == b
 
 
-def start(arguments, ranks, log):
-    """A run in the background, its output appended to a file."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+def start(arguments, ranks, log, *options):
+    """A run in the background, its output appended to a file; options are torchrun's."""
     with open(log, "a") as out:
-        return subprocess.Popen([sys.executable, *torchrun, "train.py", "configs/ci.py", *arguments], cwd=ROOT,
-                                stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command(arguments, ranks, *options), cwd=ROOT, stdout=out, stderr=out, env=ONE_THREAD)
+
+
+def worker(folder, rank: int) -> int:
+    """Process id of a rank of the run in a folder."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline") as command, open(f"/proc/{pid}/environ") as environment:
+                if f"out_dir={folder}/run" in command.read() and f"\0RANK={rank}\0" in environment.read():
+                    return int(pid)
+        except OSError:
+            continue  # it has ended meanwhile, or is somebody else's
+    raise LookupError(f"no rank {rank} runs in {folder}")
 
 
 def wait_for(log, text, process):

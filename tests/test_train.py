@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_equal_states, ci_options, launch, start, wait_for, weights
+from conftest import ROOT, assert_equal_states, ci_options, launch, start, wait_for, weights, worker
 from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint import load
+from config import read_config
+from task import Denoising, make_model
 
 
 def test_command_says_mistakes_in_one_line(run):
@@ -76,24 +78,31 @@ def test_an_interrupted_run_ends_with_the_same_weights(finished, world, tmp_path
     assert_equal_states(a, b)
 
 
-@pytest.mark.parametrize("ranks, name, moments", [
-    (1, "SIGKILL", (4, 9, 14)), (2, "SIGKILL", (9,)), (1, "SIGTERM", (9,)),
-    pytest.param(2, "SIGTERM", (4, 9, 14), marks=pytest.mark.slow)])
-def test_a_killed_run_ends_with_the_same_weights(world, finished, tmp_path, ranks, name, moments):
+TWENTY = tuple(range(3, 63, 3))
+
+
+@pytest.mark.parametrize("ranks, name, moments, steps", [
+    (1, "SIGKILL", (4, 9, 14), 20), (2, "SIGKILL", (9,), 20), (1, "SIGTERM", (9,), 20),
+    pytest.param(2, "SIGTERM", (4, 9, 14), 20, marks=pytest.mark.slow),
+    pytest.param(1, "SIGKILL", TWENTY, 66, marks=pytest.mark.slow),
+    pytest.param(2, "SIGKILL", TWENTY, 66, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_the_same_weights(world, finished, by_two, tmp_path, ranks, name, moments, steps):
     """Killed soon after some steps, in the middle of a save too, and started again: to the bit the unkilled run."""
     shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
-    options = [*ci_options(world, tmp_path), "--save_every=1", "--prompts=()", f"--batch_size={4 // ranks}", "--keep=9"]
-    reference = finished[0]
-    if ranks > 1:
+    options = [*ci_options(world, tmp_path), "--save_every=1", "--prompts=()", f"--batch_size={4 // ranks}", "--keep=9",
+               f"--max_steps={steps}"]
+    reference = {1: finished[0], 2: by_two}[ranks]
+    if steps != 20:
         reference = tmp_path / "whole"
         assert launch([*options, f"--out_dir={reference}/run"], ranks).returncode == 0
     rng, log, statuses = np.random.default_rng(ranks), tmp_path / "log", []
     for at in moments:
         process = start(options, ranks, log)
-        wait_for(log, f"step {at}/20", process)
+        wait_for(log, f"step {at}/{steps}", process)
         time.sleep(rng.uniform(0, 0.1))
         if name == "SIGKILL":
-            subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)])  # torchrun's workers are in other process groups
+            # torchrun's workers are in other process groups
+            subprocess.run(["pkill", "-KILL", "-f", f"out_dir={tmp_path}/run"])
         else:
             process.send_signal(signal.SIGTERM)
         statuses.append(process.wait(60))
@@ -103,9 +112,65 @@ def test_a_killed_run_ends_with_the_same_weights(world, finished, tmp_path, rank
     assert log.read_text().count("resume from") >= (len(moments) - 1) * ranks
     last = launch(options, ranks)
     assert last.returncode == 0 and "resume from" in last.stdout, last.stderr
-    a, b = weights(reference), weights(tmp_path)
+    a, b = weights(reference, steps), weights(tmp_path, steps)
     a.pop("config"), b.pop("config")
     assert_equal_states(a, b)
+    assert metrics(tmp_path, "loss") == metrics(reference, "loss")  # no step is logged twice, none is missing
+    print(f"{len(moments)} x {name}, {ranks} ranks: the same weights and the same {steps} losses to the bit")
+
+
+def test_average_under_two_ranks_is_that_of_the_weights(by_two):
+    """Counted out over the weights after each of twenty steps; the exported model has it too."""
+    cfg = read_config(f"{ROOT}/configs/ci.py", [])
+    torch.manual_seed(cfg.seed)
+    fresh = make_model(cfg)
+    parameters = dict(Denoising(fresh, cfg, fresh.text).named_parameters())
+    average = {name: p.detach().double() for name, p in parameters.items()}
+    for n in range(20):
+        decay, now = min(0.9, (1 + n) / (10 + n)), weights(by_two, n + 1)["module"]
+        average = {name: decay * a + (1 - decay) * now[name].double() for name, a in average.items()}
+    last, model = weights(by_two), load(str(by_two / "run" / "model.safetensors"))
+    exported = dict(model.unet.named_parameters(prefix="unet")) | dict(model.text.named_parameters(prefix="text"))
+    for (name, expected), kept in zip(average.items(), last["optimizer"]["average"]):
+        torch.testing.assert_close(kept.double(), expected, atol=1e-6, rtol=1e-5)
+        assert torch.equal(exported[name], kept) and not torch.equal(kept, last["module"][name])
+
+
+def test_a_rank_that_dies_comes_back(world, finished, by_two, tmp_path):
+    """torchrun --max-restarts: the others are started again with it, go on by themselves, and end as if unhurt."""
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    log = tmp_path / "log"
+    options = [*ci_options(world, tmp_path), "--save_every=1", "--prompts=()", "--batch_size=2", "--keep=9"]
+    process = start(options, 2, log, "--max-restarts=1")
+    wait_for(log, "step 9/20", process)
+    os.kill(worker(tmp_path, rank=1), signal.SIGKILL)
+    assert process.wait(120) == 0, log.read_text()
+    assert log.read_text().count("resume from") == 2
+    a, b = weights(by_two), weights(tmp_path)
+    a.pop("config"), b.pop("config")
+    assert_equal_states(a, b)
+
+
+def test_two_ranks_equal_one_in_double_precision(world, finished, tmp_path):
+    """The same global batch, whole runs: weights, moments and losses within 1e-8."""
+    for ranks in (1, 2):
+        shutil.copytree(finished[0] / "encoded", tmp_path / str(ranks) / "encoded")
+        done = launch([*ci_options(world, tmp_path / str(ranks)), "--dtype=float64", "--prompts=()", "--validation=1",
+                       f"--batch_size={4 // ranks}"], ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert all(x.dtype == torch.float64 for x in one["module"].values() if x.is_floating_point())
+    for name, tensor in one["module"].items():
+        torch.testing.assert_close(tensor, two["module"][name], atol=1e-8, rtol=0)
+    for name in ("loss", "loss_video", "val_loss_500"):
+        np.testing.assert_allclose(metrics(tmp_path / "1", name), metrics(tmp_path / "2", name), atol=1e-8)
+    assert len(metrics(tmp_path / "1", "val_loss_500")) == 2
+
+
+def metrics(folder, name):
+    """All values of a name, in the order of the steps."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, world, tmp_path):
@@ -168,14 +233,25 @@ def test_ten_in_a_row_end_the_run(finished, world, tmp_path):
     assert "step 10: 10 gradients in a row are not finite; look at" in done.stderr
 
 
-def test_two_ranks_run(finished, world, tmp_path):
-    """Two ranks run under torchrun, and rank 0 prepares the data that a single process prepares."""
+def test_two_ranks_prepare_what_one_prepares(finished, world, tmp_path):
+    """Rank 0 encodes while the other waits."""
     done = launch([*ci_options(world, tmp_path), "--batch_size=2", "--max_steps=3", "--sheet_every=3"], ranks=2)
     assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 3 and all(json.loads(line)["grad_norm"] > 0 for line in lines)
     one, two = ((folder / "encoded" / "index.jsonl").read_text() for folder in (finished[0], tmp_path))
     assert one == two
+
+
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+def test_three_hundred_losses_of_two_ranks_are_the_committed_ones(world, finished, tmp_path):
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    done = launch([*ci_options(world, tmp_path), "--prompts=()", "--batch_size=2", "--max_steps=300",
+                   "--sheet_every=300", "--save_every=300"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    found, golden = np.array(metrics(tmp_path, "loss")), np.array(json.loads(GOLDEN.read_text()))
+    assert found.shape == golden.shape == (300,)
+    np.testing.assert_allclose(found, golden, rtol=1e-3)
 
 
 def test_vae_trains(world, tmp_path):
@@ -197,10 +273,6 @@ def test_a_folder_encoded_with_other_options_is_refused(finished, world):
     assert "was encoded with fps_values = (4, 8), the config says (8,)" in done.stderr
 
 
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float16", 1e-3)])
 def test_fifty_losses_are_the_same_live_and_encoded_ahead(world, micro, tmp_path, dtype, bound):
     """With VAE, text tower and decoder, and with none of them; the live ones read ahead by workers."""
@@ -215,7 +287,7 @@ def test_fifty_losses_are_the_same_live_and_encoded_ahead(world, micro, tmp_path
     options += ["--encoded=", "--workers=1", f"--out_dir={tmp_path}/live/run"]
     live = launch([*ci_options(world, tmp_path), *options])
     assert ahead.returncode == live.returncode == 0, ahead.stderr + live.stderr
-    one, two = losses(tmp_path), losses(tmp_path / "live")
+    one, two = metrics(tmp_path, "loss"), metrics(tmp_path / "live", "loss")
     assert len(one) == len(two) == 50 and one[0] != one[1]
     np.testing.assert_allclose(one, two, atol=bound, rtol=0)
 

