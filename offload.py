@@ -122,9 +122,11 @@ class OffloadAdamW:
             dist.all_reduce(square, group=self.gloo)
         norm = square.sqrt().item() / scale
         if math.isfinite(norm):
-            # the kernel divides by it as it reads: unscaling and clipping cost no pass over the gradients
-            self.inner.grad_scale = torch.tensor(scale * max(1.0, norm / clip))
-            self.inner.found_inf = torch.zeros(())
+            # the kernel divides by it as it reads: unscaling and clipping cost no pass over the gradients, only that
+            # they are written back too
+            divisor = scale * max(1.0, norm / clip)
+            self.inner.grad_scale = torch.tensor(divisor) if divisor != 1 else None
+            self.inner.found_inf = torch.zeros(()) if divisor != 1 else None
             self.inner.step()
             self.average()
             self.gather()

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -57,7 +58,8 @@ class Ranks:
         if self.world == 1:
             return make()
         if self.rank == 0:
-            value = make()
+            with self.watchdog.patient():
+                value = make()
             self.watchdog.store.set(name, json.dumps(value))
             return value
         while not self.watchdog.store.check([name]):
@@ -93,12 +95,20 @@ class Watchdog:
     def __init__(self, rank: int, world: int, timeout: float):
         self.store = shared_store("watchdog")  # a client of its own: the process group blocks the one it waits with
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.places, self.place, self.ended = 0, "start", threading.Event()
+        self.places, self.place, self.waiting, self.ended = 0, "start", False, threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def at(self, place: str):
         self.places, self.place = self.places + 1, place
+
+    @contextmanager
+    def patient(self):
+        """Meanwhile no rank need come on, only be alive."""
+        self.waiting = True
+        yield
+        self.waiting = False
+        self.at("prepared")
 
     def stop(self):
         self.ended.set()
@@ -108,7 +118,8 @@ class Watchdog:
         names, beats, seen = [f"rank {r}" for r in range(self.world)], 0, {}
         while True:
             beats += 1
-            mine = {"beat": beats, "places": self.places, "place": self.place, "ended": self.ended.is_set()}
+            mine = {"beat": beats, "places": self.places, "place": self.place, "waiting": self.waiting,
+                    "ended": self.ended.is_set()}
             try:
                 self.store.set(names[self.rank], json.dumps(mine))
                 all_there = self.store.check(names)
@@ -128,10 +139,12 @@ class Watchdog:
     def judge(self, ranks, seen, now):
         """End the job if a rank is silent, or none has moved."""
         running = [r for r, state in enumerate(ranks) if not state["ended"]]
+        if not running:
+            return
         silent = [r for r in running if now - seen[r, "beat"][1] > self.timeout]
         if silent:
             self.end(silent, ranks, "gives no sign of life")
-        elif running and all(now - seen[r, "places"][1] > self.timeout for r in running):
+        elif all(now - seen[r, "places"][1] > self.timeout and not ranks[r]["waiting"] for r in running):
             least = min(ranks[r]["places"] for r in running)
             self.end([r for r in running if ranks[r]["places"] == least], ranks, "does not come on")
 

@@ -83,10 +83,17 @@ def newest_whole(cfg: Config) -> str:
 
 
 def load_run(cfg: Config, path: str, module, optimizer: OffloadAdamW, scale: "LossScale") -> int:
-    """Take up what save_run wrote; returns the step to go on with. The file is mapped: no second copy in memory."""
+    """Take up what save_run wrote; returns the step to go on with. The file is mapped: no second copy in memory.
+
+    Raises UserError when it is of another model.
+    """
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is of another model or optimizer than the config's: choose another out_dir "
+                        f"({str(error).splitlines()[0]})") from error
     if state["config"]["dtype"] == cfg.dtype:
         vars(scale).update(state["scale"])
     return state["step"]

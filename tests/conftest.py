@@ -12,6 +12,9 @@ from checkpoint import Settings, build, save
 from config import PRESETS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run two at a time: threads of both on the same cores would only wait
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -76,9 +79,6 @@ def ci_options(world, folder):
     return [f"--toy={world}", f"--encoded={folder}/encoded", f"--out_dir={folder}/run"]
 
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 def command(arguments, ranks, *options):
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", *options]
     return [sys.executable, *(torchrun if ranks > 1 else []), "train.py", "configs/ci.py", *arguments]
@@ -109,10 +109,28 @@ def assert_equal_states(a, b):
         assert a == b
 
 
-def start(arguments, ranks, log, *options):
-    """A run in the background, its output appended to a file; options are torchrun's."""
-    with open(log, "a") as out:
-        return subprocess.Popen(command(arguments, ranks, *options), cwd=ROOT, stdout=out, stderr=out, env=ONE_THREAD)
+@pytest.fixture
+def start():
+    """start(arguments, ranks, log, *options): a run in the background, its output appended to a file; options are
+    torchrun's. None outlives its test."""
+    started = []
+
+    def start(arguments, ranks, log, *options):
+        with open(log, "a") as out:
+            started.append(subprocess.Popen(command(arguments, ranks, *options), cwd=ROOT, stdout=out, stderr=out,
+                                            env=ONE_THREAD))
+        return started[-1]
+
+    yield start
+    for process in started:
+        kill_all(process)
+
+
+def kill_all(process):
+    """torchrun and its workers, which are in other process groups."""
+    mine = next(argument for argument in process.args if argument.startswith("--out_dir="))
+    subprocess.run(["pkill", "-KILL", "-f", "--", mine])
+    process.wait(60)
 
 
 def worker(folder, rank: int) -> int:

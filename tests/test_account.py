@@ -1,6 +1,8 @@
 """account.py: what --dry_run says, against what PyTorch's allocator and profiler see in a real step."""
 
 import dataclasses
+import os
+import re
 
 import pytest
 import torch
@@ -43,3 +45,36 @@ def test_memory_is_what_a_real_step_allocates(options):
     assert need["parameters"] == sum(p.numel() for p in trained)
     assert need["weights"] == need["gradients"] == 4 * need["parameters"]
     assert need["activations"] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["base", "highres", "long", "finetune"])
+def test_the_full_size_fits_a_card_of_24_gb(name):
+    """By the account: never allocated here. Parameters are Stable Diffusion's and ETC's."""
+    need = account.memory(config.read_config(f"{ROOT}/configs/{name}.py", []))
+    assert need["parameters"] == 865_910_724 + 78_666_240
+    assert need["weights"] + need["frozen"] + need["gradients"] + need["activations"] < 24e9
+    tokens = {"base": 128 * 128, "highres": 160 * 256, "long": 512 * 320, "finetune": 128 * 128}[name]
+    cfg = config.read_config(f"{ROOT}/configs/{name}.py", [])
+    attention = 5 * 4 * tokens**2 * 320 * cfg.batch_size * cfg.accumulate  # of the finest level, forward alone
+    assert 4 * attention < need["flop"] < 40 * attention
+
+
+def test_dry_run_says_what_a_run_needs(run, world, finished):
+    done = run("train.py", "configs/ci.py", "--dry_run", f"--toy={world}", f"--encoded={finished[0]}/encoded",
+               "--out_dir=/nowhere/run")
+    assert done.returncode == 0, done.stderr
+    lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in done.stdout.splitlines())
+    model = task.make_model(config.read_config(f"{ROOT}/configs/ci.py", []))
+    trained = sum(p.numel() for network in (model.unet, model.text) for p in network.parameters())
+    assert lines["parameters"] == f"{trained:,} trained"
+    assert lines["data, video"] == "8 items, 4 steps an epoch"
+    assert re.fullmatch(r"\d+\.\d\d s on one cpu, without reading data: 0.0 h for 20 steps", lines["time of a step"])
+    assert not os.path.exists("/nowhere")
+
+
+def test_dry_run_needs_neither_data_nor_weights(run, tmp_path):
+    done = run("train.py", "configs/long.py", "--dry_run", "--batch_size=4", f"--video={tmp_path}/clips.csv")
+    assert done.returncode == 0, done.stderr
+    assert "sd21, as runs/base/model.safetensors is not on this machine" in done.stdout
+    assert f"{tmp_path}/clips.csv is not there yet" in done.stdout
+    assert "not measured: it needs" in done.stdout

@@ -23,6 +23,7 @@ def test_overrides_go_last():
     cfg = config.read_config(f"{ROOT}/configs/ci.py", overrides)
     assert (cfg.batch_size, cfg.lr, cfg.out_dir, cfg.betas) == (8, 1.0, "/tmp/x", (0.9, 0.95))
     assert type(cfg.lr) is float and cfg.frames == 4
+    assert config.read_config(f"{ROOT}/configs/ci.py", ["--dry_run", "--resume=False"]).dry_run
 
 
 BAD = {
@@ -46,10 +47,18 @@ def test_bad_configs_are_refused(tmp_path, text):
 @pytest.mark.parametrize("override, says", [
     ("--frames=7", "use 6 or 8"), ("--dtype=half", "dtype is one of"),
     ("--train=unett", "train is one of"), ("--model=big", "model is one of"),
-    ("--max_step=3", "did you mean 'max_steps'"), ("max_steps=3", "--name=value"), ("--max_steps=many", "of type int")])
+    ("--batch_size=0", "batch_size is at least 1, not 0"), ("--keep=-1", "keep is at least 1"),
+    ("--batch_size", "batch_size is of type int, not bool"), ("--max_step=3", "did you mean 'max_steps'"),
+    ("max_steps=3", "--name=value"), ("--max_steps=many", "of type int")])
 def test_bad_overrides_are_refused(override, says):
     with pytest.raises(UserError, match=re.escape(says)):
         config.read_config(f"{ROOT}/configs/ci.py", [override])
+
+
+def test_a_config_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "c.py").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="c.py cannot be read"):
+        config.read_config(str(tmp_path / "c.py"), [])
 
 
 def test_every_option_is_explained():

@@ -8,12 +8,12 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, ci_options, start, wait_for, worker
+from conftest import ROOT, ci_options, wait_for, worker
 
 
 @pytest.mark.parametrize("name, says", [
     ("SIGKILL", "exitcode  : -9"), ("SIGSTOP", "rank 1 (last at: ")])
-def test_a_rank_that_is_gone_ends_the_job(world, finished, tmp_path, name, says):
+def test_a_rank_that_is_gone_ends_the_job(start, world, finished, tmp_path, name, says):
     shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
     log = tmp_path / "log"
     process = start([*ci_options(world, tmp_path), "--prompts=()", "--batch_size=2", "--max_steps=100000",
@@ -43,7 +43,7 @@ def reads_from_a_dead_disk():
     time.sleep(1000)
 
 with Ranks(timeout=3) as ranks:
-    assert ranks.from_rank_0("x", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
+    assert ranks.from_rank_0("x", lambda: time.sleep(6) or {"a": [1, 2]}) == {"a": [1, 2]}  # may outlast the timeout
     assert ranks.sum(torch.tensor([1.0, float(ranks.rank)])).tolist() == [2, 1]
     for step in range(100):
         ranks.at("data")

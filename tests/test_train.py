@@ -14,7 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_equal_states, ci_options, launch, start, wait_for, weights, worker
+from conftest import (
+    ONE_THREAD,
+    ROOT,
+    assert_equal_states,
+    ci_options,
+    command,
+    kill_all,
+    launch,
+    wait_for,
+    weights,
+    worker,
+)
 from safetensors.torch import load_file, save_file
 
 import train
@@ -86,7 +97,8 @@ TWENTY = tuple(range(3, 63, 3))
     pytest.param(2, "SIGTERM", (4, 9, 14), 20, marks=pytest.mark.slow),
     pytest.param(1, "SIGKILL", TWENTY, 66, marks=pytest.mark.slow),
     pytest.param(2, "SIGKILL", TWENTY, 66, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_with_the_same_weights(world, finished, by_two, tmp_path, ranks, name, moments, steps):
+def test_a_killed_run_ends_with_the_same_weights(start, world, finished, by_two, tmp_path, ranks, name, moments,
+                                                 steps):
     """Killed soon after some steps, in the middle of a save too, and started again: to the bit the unkilled run."""
     shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
     options = [*ci_options(world, tmp_path), "--save_every=1", "--prompts=()", f"--batch_size={4 // ranks}", "--keep=9",
@@ -101,8 +113,7 @@ def test_a_killed_run_ends_with_the_same_weights(world, finished, by_two, tmp_pa
         wait_for(log, f"step {at}/{steps}", process)
         time.sleep(rng.uniform(0, 0.1))
         if name == "SIGKILL":
-            # torchrun's workers are in other process groups
-            subprocess.run(["pkill", "-KILL", "-f", f"out_dir={tmp_path}/run"])
+            kill_all(process)
         else:
             process.send_signal(signal.SIGTERM)
         statuses.append(process.wait(60))
@@ -136,7 +147,7 @@ def test_average_under_two_ranks_is_that_of_the_weights(by_two):
         assert torch.equal(exported[name], kept) and not torch.equal(kept, last["module"][name])
 
 
-def test_a_rank_that_dies_comes_back(world, finished, by_two, tmp_path):
+def test_a_rank_that_dies_comes_back(start, world, finished, by_two, tmp_path):
     """torchrun --max-restarts: the others are started again with it, go on by themselves, and end as if unhurt."""
     shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
     log = tmp_path / "log"
@@ -233,12 +244,58 @@ def test_ten_in_a_row_end_the_run(finished, world, tmp_path):
     assert "step 10: 10 gradients in a row are not finite; look at" in done.stderr
 
 
+def test_resuming_needs_no_more_memory_than_starting(world, finished, tmp_path):
+    """Of the process alone: pages of the mapped checkpoint belong to the system, which takes them when it wants."""
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    options = [*ci_options(world, tmp_path), "--model=tiny", "--prompts=()", "--max_steps=4", "--save_every=2"]
+    peaks = []
+    for _ in range(2):
+        process = subprocess.Popen(command(options, 1), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+        peaks.append(0)
+        while process.poll() is None:
+            found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            peaks[-1] = max(peaks[-1], int(found[1]) / 1e6 if found else 0)
+            time.sleep(0.002)
+        assert process.returncode == 0 and ("resume from" in process.stdout.read()) == (len(peaks) == 2)
+        (tmp_path / "run" / "step-00000004.pt").unlink()
+    started, resumed = peaks
+    assert 0.3 < resumed <= 1.02 * started, peaks
+
+
 def test_two_ranks_prepare_what_one_prepares(finished, world, tmp_path):
     """Rank 0 encodes while the other waits."""
     done = launch([*ci_options(world, tmp_path), "--batch_size=2", "--max_steps=3", "--sheet_every=3"], ranks=2)
     assert done.returncode == 0, done.stderr
     one, two = ((folder / "encoded" / "index.jsonl").read_text() for folder in (finished[0], tmp_path))
     assert one == two
+
+
+def test_a_run_in_the_way_is_not_overwritten(finished, world):
+    done = launch([*ci_options(world, finished[0]), "--resume=False"])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "step-00000020.pt is in the way of a run with resume = False" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["model", "average"])
+def test_a_checkpoint_of_another_model_is_refused(finished, world, tmp_path, wrong):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    state = weights(tmp_path)
+    del state["optimizer"]["average"]  # as a run without a moving average leaves it
+    if wrong == "average":
+        torch.save(state, tmp_path / "run" / "step-00000020.pt")
+    done = launch([*ci_options(world, tmp_path), *(["--model=tiny"] if wrong == "model" else [])])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "step-00000020.pt is of another model or optimizer than the config's" in done.stderr
+
+
+def test_wandb_gets_what_the_log_gets(world, finished, tmp_path):
+    """Offline; the package is not a dependency."""
+    pytest.importorskip("wandb")
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    done = launch([*ci_options(world, tmp_path), "--prompts=()", "--max_steps=2", "--wandb_log", "--validation=1"])
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert all(name in record.read_bytes() for name in (b"loss_video", b"grad_norm", b"val_loss_900", b"batch_size"))
 
 
 GOLDEN = Path(__file__).parent / "golden.json"
