@@ -1,10 +1,15 @@
-"""How good is a model? Prompts of the toy world have right answers, so its videos can be graded.
+"""How good is a model, or a set of videos?
 
-    python eval.py toy --ckpt weights/tiny.safetensors
+    python eval.py toy --ckpt weights/tiny.safetensors       # prompts of the toy world have right answers
+    python eval.py fvd REAL GEN --i3d i3d_torchscript.pt     # Fréchet video distance
+    python eval.py clip VIDEOS --prompts FILE                # how well videos show what was asked for
+    python eval.py vae --ckpt weights/tiny.safetensors       # what encoding the stitched grid would cost
 """
 
+import hashlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 
@@ -14,19 +19,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import toy
-from checkpoint import Parser, command_line, load
-from sample import SHIPPED, generate
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-def wilson(right: int, n: int, z=1.96) -> tuple[float, float]:
-    """95% Wilson interval of a share of `right` in n: it stays inside 0..1, and is honest at 0 and 1."""
-    p, zz = right / n, z * z
-    middle, spread = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return (middle - spread) / (1 + zz / n), (middle + spread) / (1 + zz / n)
-
+from checkpoint import Parser, UserError, command_line, first_line, load, parse_size
+from data import EncodedClips, Items, Spec, encode_frames
+from grid import fold, grid_shape, unfold
+from media import Bad, View, fit_frame, frames_at, opened
+from metrics import Gaussian, frechet_distance, psnr, ssim_map, wilson
+from prepare import INVERSE_TEMPERATURE, ClipScore, spaced_frames
+from sample import SHIPPED, decode, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy world
@@ -47,21 +46,49 @@ def sample_all(model, jobs, batch_size=8, **options):
 def grade_prompts(model, split: str, seeds: int, **options):
     """Every triple of a split on every background, `seeds` times each.
 
-    Returns (names of what was graded -> how often right, number of videos, wrong cuts, failures), a failure being
-    (prompt, seed, what the grader read, video).
+    Returns (names of what was graded -> how often right, number of videos, wrong cuts, failures, tracks), a failure
+    being (prompt, seed, what the grader read, video).
     """
     jobs = [(toy.caption(*triple, background), seed)
             for triple in toy.triples(split) for background in toy.BACKGROUNDS for seed in range(seeds)]
-    right, cuts, failures = Counter(), 0, []
+    right, cuts, failures, tracks = Counter(), 0, [], []
     for (prompt, seed), video in zip(jobs, sample_all(model, jobs, **options)):
         seen, wanted = toy.grade(video), toy.expected(prompt)
         read = [getattr(seen, name) for name in ANSWERS]
         for name, got, want in zip(ANSWERS, read, wanted):
             right[name] += got == want  # None, "cannot tell", is wrong
         cuts += seen.wrong_cut
+        tracks.append(track(seen))
         if tuple(read) != tuple(wanted) or seen.wrong_cut:
             failures.append((prompt, seed, read + ["wrong cut"] * seen.wrong_cut, video))
-    return right, len(jobs), cuts, failures
+    return right, len(jobs), cuts, failures, torch.stack(tracks)
+
+
+def track(seen: toy.Grade) -> torch.Tensor:
+    """A video as a trajectory: position and speed (px), side (px) and colour (tenths of a level) of each frame, one
+    after the other (8 T - 2,). A frame without a shape has one of size 0 in the middle."""
+    centers = np.nan_to_num(seen.centers, nan=toy.SIZE / 2)
+    parts = centers, np.diff(centers, axis=0), np.sqrt(np.nan_to_num(seen.areas)), np.nan_to_num(seen.paints) / 10
+    return torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+
+
+def trajectory_distances(tracks: torch.Tensor, split: str, seeds: int, fps: float) -> dict[str, float]:
+    """The toy stand-in for FVD: distance of tracks to those of as many true renders, and of two sets of these."""
+    frames = (tracks.shape[1] + 2) // 8
+    sets = [torch.stack([track(toy.grade(true_render(split, n, seeds, rng, frames, fps))) for n in range(len(tracks))])
+            for rng in (np.random.default_rng(0), np.random.default_rng(1))]
+    gaussians = [Gaussian(tracks.shape[1]) for _ in range(3)]
+    for gaussian, features in zip(gaussians, [tracks, *sets]):
+        gaussian.add(features)
+    return {"model": frechet_distance(*gaussians[:2]), "true": frechet_distance(*gaussians[1:])}
+
+
+def true_render(split: str, n: int, seeds: int, rng, frames: int, fps: float):
+    """What the n-th video of grade_prompts should be like: uint8 (T, 64, 64, 3), anywhere along its path."""
+    triples, backgrounds = toy.triples(split), list(toy.BACKGROUNDS)
+    color, shape, direction = triples[n // seeds // len(backgrounds)]
+    times = rng.uniform(0, toy.SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
+    return toy.draw(color, shape, backgrounds[n // seeds % len(backgrounds)], toy.trajectory(direction, times, rng))
 
 
 def grade_fps(model, split: str, fps_values, **options):
@@ -90,14 +117,15 @@ def command_toy(args):
     model = load(args.ckpt, args.device)
     options = {"steps": args.steps, "guidance": args.guidance}
     guidance = model.settings.guidance if args.guidance is None else args.guidance
-    with torch.no_grad():
-        right, n, cuts, failures = grade_prompts(model, args.split, args.seeds, **options)
+    right, n, cuts, failures, tracks = grade_prompts(model, args.split, args.seeds, **options)
     print(f"{args.ckpt}, {args.split} triples, {n} videos, {args.steps} steps, guidance {guidance:g}")
     result = {"ckpt": args.ckpt, "split": args.split, "videos": n, "steps": args.steps, "guidance": guidance}
     for name, count in [*((name, right[name]) for name in ANSWERS), ("wrong cuts", cuts)]:
         low, high = wilson(count, n)
         print(f"  {name:<11}{count:>5} / {n}   {count / n:6.1%}   [{low:.1%}, {high:.1%}]")
         result[name] = {"count": count, "low": low, "high": high}
+    far = result["trajectories"] = trajectory_distances(tracks, args.split, args.seeds, model.settings.fps)
+    print(f"  Fréchet distance of trajectories to true ones {far['model']:.1f}, of two true sets {far['true']:.1f}")
     if not args.no_fps:
         print("  FPS   px a frame   10/FPS   ratio   px between frames")
         for fps, row in grade_fps(model, args.split, (4, 8, 15, 30, 60, 120, 0), **options).items():
@@ -128,6 +156,216 @@ def contact_sheet_row(video):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Fréchet video distance (E.3)
+
+ENOUGH = 10_000  # videos: from there on the distance is stable (Figure 17)
+
+
+class VideoSet:
+    """Clips to compare: uint8 (T, H, W, 3), each from a place in its video that the seed chooses.
+
+    path  a folder of videos, a list, or a folder of encoded clips, for which a model must be given
+    fps   to sample at; None takes consecutive frames
+    """
+
+    def __init__(self, path: str, frames: int, size: tuple[int, int], fps: float | None, model):
+        self.path, self.frames, self.size, self.fps, self.model = path, frames, size, fps, model
+        self.encoded = os.path.isfile(os.path.join(path, "spec.json"))
+        if self.encoded and model is None:
+            raise UserError(f"{path} holds encoded clips: say with --ckpt which model's VAE decodes them")
+        self.items = EncodedClips(path, text=False) if self.encoded else Items("video", path)
+
+    def __len__(self):
+        return self.items.count("video") if self.encoded else len(self.items)
+
+    def name(self, i: int) -> str:
+        return self.items.name("video", i) if self.encoded else self.items.name(i)
+
+    def clip(self, i: int, seed: int):
+        """Raises Bad."""
+        u, v = np.random.default_rng([seed, i]).random(2)
+        if self.encoded:
+            mean, logvar = self.items.sample("video", i, u, v).data.float().chunk(2, dim=1)
+            return decode(self.model, mean[None, : self.frames] * self.model.settings.latent_scale)[0]
+        with opened(self.items.file(self.items.fields(i))) as video:
+            fps = self.fps or video.rate
+            room = video.duration - (self.frames - 1) / fps
+            if room <= 0:
+                raise Bad("too short")
+            chosen = frames_at(video, [u * room + t / fps for t in range(self.frames)])
+            return torch.stack([fit_frame(f, video.aspect, *self.size, View()) for f in chosen]).permute(
+                0, 2, 3, 1).numpy()
+
+
+class Detector:
+    """Features of clips by the TorchScript I3D that published FVDs use; those of a clip seen before come from a cache.
+
+    The file is called as detector(video (N, 3, T, H, W) in 0..255, rescale=True, resize=True, return_features=True).
+    """
+
+    def __init__(self, path: str, cache: str, device):
+        try:
+            self.net = torch.jit.load(path, map_location=device).eval()
+            with open(path, "rb") as file:
+                key = hashlib.sha256(file.read()).hexdigest()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"--i3d {path} is not a TorchScript file: {first_line(error)}") from error
+        self.device, self.folder = device, os.path.join(cache, key[:16])
+        os.makedirs(self.folder, exist_ok=True)
+
+    def __call__(self, clips: list) -> torch.Tensor:
+        """uint8 (T, H, W, 3) each -> (N, D)."""
+        paths = [os.path.join(self.folder, hashlib.sha256(clip.tobytes()).hexdigest() + ".npy") for clip in clips]
+        new = [n for n, path in enumerate(paths) if not os.path.exists(path)]
+        if new:
+            video = torch.from_numpy(np.stack([clips[n] for n in new])).permute(0, 4, 1, 2, 3).float().to(self.device)
+            with torch.no_grad():
+                features = self.net(video, rescale=True, resize=True, return_features=True).float().cpu().numpy()
+            for n, feature in zip(new, features):
+                with open(paths[n] + ".part", "wb") as file:
+                    np.save(file, feature)
+                os.replace(paths[n] + ".part", paths[n])
+        return torch.from_numpy(np.stack([np.load(path) for path in paths]))
+
+
+def gaussian_of(videos: VideoSet, detector: Detector, seed: int, limit: int, batch_size=8) -> Gaussian:
+    """Of at most `limit` videos, drawn by the seed. What cannot be used is named and left out."""
+    gaussian, clips, bad = None, [], 0
+    order = np.random.default_rng(seed).permutation(len(videos))[:limit]
+    for n, i in enumerate(tqdm(order, desc=videos.path, unit="video", file=sys.stderr)):
+        try:
+            clips.append(videos.clip(int(i), seed))
+        except Bad as error:
+            bad += 1
+            print(f"skipped {videos.name(int(i))}: {error}", file=sys.stderr)
+        if clips and (len(clips) == batch_size or n == len(order) - 1):
+            features = detector(clips)
+            gaussian = gaussian or Gaussian(features.shape[1])
+            gaussian.add(features)
+            clips = []
+    if gaussian is None or gaussian.n < 2:
+        raise UserError(f"{videos.path}: {bad} of {len(order)} videos cannot be used, and two at least are needed")
+    return gaussian
+
+
+def command_fvd(args):
+    model = load(args.ckpt, args.device) if args.ckpt else None
+    sets = [VideoSet(path, args.frames, parse_size(args.size), fps, model)
+            for path, fps in ((args.real, args.fps), (args.gen, None))]
+    detector, distances = Detector(args.i3d, args.cache, args.device), []
+    for seed in range(args.seeds):
+        one, two = (gaussian_of(videos, detector, seed, args.videos) for videos in sets)
+        distances.append(frechet_distance(one, two))
+    print(f"FVD {min(distances):.2f} (the least of {args.seeds} seeds; {', '.join(f'{d:.2f}' for d in distances)}), "
+          f"{one.n} real and {two.n} generated videos of {args.frames} frames")
+    if min(one.n, two.n) < ENOUGH:
+        print(f"warning: below {ENOUGH:,} videos the distance is too large and not to be compared with published ones"
+              + (f"; with {min(one.n, two.n)} for {len(one.mean)} features it says next to nothing"
+                 if min(one.n, two.n) <= len(one.mean) else ""), file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP score
+
+
+def command_clip(args):
+    """100 x the cosine between a video's caption and its frames, mean over frames, then over videos."""
+    items = Items("video", args.videos)
+    prompts = None
+    if args.prompts:
+        with open_text(args.prompts) as file:
+            prompts = [line.strip() for line in file if line.strip()]
+        if len(prompts) != len(items):
+            raise UserError(f"{args.prompts} has {len(prompts)} prompts for {len(items)} videos of {args.videos}")
+    clip, scores = ClipScore(args.model, args.pretrained, args.device), []
+    for i in tqdm(range(len(items)), unit="video", file=sys.stderr):
+        try:
+            path, captions = (items.name(i), (prompts[i],)) if prompts else (items[i].path, items[i].captions)
+            scores.append(100 / INVERSE_TEMPERATURE * clip(spaced_frames(path, args.frames), captions))
+        except Bad as error:
+            print(f"skipped {items.name(i)}: {error}", file=sys.stderr)
+    if not scores:
+        raise UserError(f"no video of {args.videos} can be used")
+    error = np.std(scores, ddof=1) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+    print(f"CLIP score {np.mean(scores):.2f} (standard error {error:.2f}), {len(scores)} videos, {args.model}")
+
+
+def open_text(path: str):
+    try:
+        return open(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The VAE (appendix H): frames encoded one by one, or stitched first
+
+BORDER = 8  # pixels from a frame's edge: one latent pixel of Stable Diffusion
+
+
+def reconstructions(model, frames: torch.Tensor):
+    """frames uint8 (T, 3, H, W) -> what comes back in 0..1, encoded one by one and as one stitched image."""
+    rows, cols = grid_shape(len(frames))
+    for images in (frames, fold(frames[None], rows, cols)):
+        mean = encode_frames(model.vae, images).chunk(2, dim=1)[0]
+        with torch.no_grad():
+            back = torch.cat([model.vae.decode(part) for part in mean.split(16)]).float().clamp(-1, 1) / 2 + 0.5
+        yield back if len(back) == len(frames) else unfold(back, rows, cols)[0]
+
+
+def vae_scores(model, clips) -> dict[str, dict[str, float]]:
+    """How -> PSNR and SSIM inside the frames and along their borders, the mean over clips."""
+    scores = {"one by one": [], "stitched": []}
+    for frames in clips:
+        true = frames.float() / 255
+        height, width = true.shape[-2:]
+        border = torch.ones(height, width)
+        border[BORDER:-BORDER, BORDER:-BORDER] = 0
+        for how, back in zip(scores, reconstructions(model, frames)):
+            similar, edge = ssim_map(true, back.cpu()), border[3:-3, 3:-3]
+            mean = similar.mean(dim=(0, 1))
+            scores[how].append([psnr(true, back.cpu(), 1 - border), psnr(true, back.cpu(), border),
+                                (mean * (1 - edge)).sum() / (1 - edge).sum(), (mean * edge).sum() / edge.sum()])
+    names = "PSNR inside", "PSNR border", "SSIM inside", "SSIM border"
+    return {how: dict(zip(names, np.mean(rows, axis=0).tolist())) for how, rows in scores.items()}
+
+
+def toy_clips(frames: int, count: int):
+    """True renders, uint8 (T, 3, 64, 64) each."""
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        clip = true_render("test", n % 48, 1, rng, frames, 4 if frames <= 16 else frames / toy.SECONDS)
+        yield torch.from_numpy(clip).permute(0, 3, 1, 2)
+
+
+def listed_clips(path: str, spec: Spec, count: int):
+    """The first usable clips of a list."""
+    videos = VideoSet(path, spec.frames, (spec.width, spec.height), None, None)
+    for i in range(len(videos)):
+        if count == 0:
+            return
+        try:
+            yield torch.from_numpy(videos.clip(i, 0)).permute(0, 3, 1, 2)
+            count -= 1
+        except Bad as error:
+            print(f"skipped {videos.name(i)}: {error}", file=sys.stderr)
+
+
+def command_vae(args):
+    model = load(args.ckpt, args.device)
+    width, height = parse_size(args.size) if args.size else (model.settings.width, model.settings.height)
+    frames = args.frames or model.settings.frames
+    clips = toy_clips(frames, args.clips)
+    if args.video:
+        clips = listed_clips(args.video, Spec(frames, width, height), args.clips)
+    scores = vae_scores(model, list(clips))
+    print(f"{args.ckpt}, {args.clips} clips of {frames} frames; border: {BORDER} pixels")
+    print(f"{'':<12}" + "".join(f"{name:>13}" for name in scores["stitched"]))
+    for how, row in scores.items():
+        print(f"{how:<12}" + "".join(f"{value:>13.{2 if name[0] == 'P' else 4}f}" for name, value in row.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -144,9 +382,41 @@ def main():
     p.add_argument("--no_fps", action="store_true", help="leave out the table of motion against FPS")
     p.add_argument("--json", metavar="FILE", help="append the numbers to a JSON-lines file")
     p.add_argument("--failures", metavar="FILE.png", help="a picture of the videos that were graded wrong")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.set_defaults(run=command_toy)
+
+    p = commands.add_parser("fvd", help="Fréchet video distance of two sets of videos")
+    p.add_argument("real", metavar="REAL", help="a folder of videos, a list, or encoded clips")
+    p.add_argument("gen", metavar="GEN", help="likewise")
+    p.add_argument("--i3d", required=True, metavar="FILE", help="i3d_torchscript.pt, which most papers use")
+    p.add_argument("--videos", type=int, default=ENOUGH, help="at most, of each set")
+    p.add_argument("--frames", type=int, default=16)
+    p.add_argument("--fps", type=float, help="of the real clips (default: consecutive frames)")
+    p.add_argument("--size", default="256x256", metavar="WxH", help="frames are brought to, before I3D's own 224x224")
+    p.add_argument("--seeds", type=int, default=3, help="choices of videos and starts; the least distance counts")
+    p.add_argument("--ckpt", help="the model whose VAE decodes encoded clips")
+    p.add_argument("--cache", default=os.path.expanduser("~/.cache/etc-video/features"), help="of features, by content")
+    p.set_defaults(run=command_fvd)
+
+    p = commands.add_parser("clip", help="CLIP score of videos and their captions")
+    p.add_argument("videos", metavar="LIST_OR_DIR")
+    p.add_argument("--prompts", metavar="FILE", help="one a line, in the order of the videos, instead of captions")
+    p.add_argument("--frames", type=int, default=16, help="scored of each video")
+    p.add_argument("--model", default="ViT-B-32", help="of open_clip")
+    p.add_argument("--pretrained", default="openai", help="open_clip's name of the weights, or a file")
+    p.set_defaults(run=command_clip)
+
+    p = commands.add_parser("vae", help="PSNR and SSIM of frames encoded one by one and stitched")
+    p.add_argument("--ckpt", default=SHIPPED)
+    p.add_argument("--video", metavar="LIST", help="clips to encode (default: true renders of the toy world)")
+    p.add_argument("--clips", type=int, default=48)
+    p.add_argument("--frames", type=int, help="(default: the model's)")
+    p.add_argument("--size", metavar="WxH", help="of frames of a list (default: the model's)")
+    p.set_defaults(run=command_vae)
+
+    for p in commands.choices.values():
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"toy": command_toy}[args.command](args)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -277,6 +277,8 @@ class Grade:
     wrong_cut: bool  # in any frame: two or more shapes, or one cut by the cell's border
     centers: np.ndarray  # (T, 2) centroids in world pixels (64 to a frame's shorter side), NaN where no shape was found
     speed: float  # world pixels a frame, NaN where the positions are on no line
+    areas: np.ndarray  # (T,) world pixels that the shape covers, and
+    paints: np.ndarray  # (T, 3) its colour, both NaN where no shape was found
 
 
 def grade(video, grid=None):
@@ -298,7 +300,7 @@ def grade(video, grid=None):
     distance = np.sqrt((away**2).sum(-1))  # (T, H, W)
     body, found, crowded = _bodies(distance, scale)
     answer = Grade(None, None, None, _name(ring.reshape(-1, 3), BACKGROUNDS), bool(crowded.any()),
-                   np.full((frames, 2), np.nan), math.nan)
+                   np.full((frames, 2), np.nan), math.nan, np.full(frames, np.nan), np.full((frames, 3), np.nan))
     if not found.any():
         return answer
 
@@ -312,6 +314,8 @@ def grade(video, grid=None):
     found &= covered.sum((1, 2)) > (SPECK * scale)**2
     answer.wrong_cut |= _cut((distance > half).reshape(cols, rows, height, width))
     answer.centers[found] = _centroids(covered[found]) / scale
+    answer.areas[found] = covered[found].sum((1, 2)) / scale**2
+    answer.paints[found] = [np.median(video[t][core[t]], axis=0) for t in np.flatnonzero(found)]
     if found.mean() < AGREE:
         return answer
     answer.color = _name(video[core], COLORS)

@@ -1,28 +1,18 @@
-"""eval.py: its statistics, and the toy table as a command."""
+"""eval.py: its commands on real files, against what libraries compute by hand."""
 
 import json
-import math
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 from PIL import Image
+from skimage.metrics import structural_similarity
 
 import eval as evaluate
 import toy
-
-
-@pytest.mark.parametrize("right, n", [(0, 10), (3, 10), (10, 10), (183, 192), (192, 192)])
-def test_wilson_interval_solves_its_equation(right, n):
-    """Each end p is where the observed share is 1.96 standard deviations of p away, found here by bisection."""
-    share = right / n
-    for end, outside in zip(evaluate.wilson(right, n), (0.0, 1.0)):
-        inside = share
-        if inside != outside:
-            for _ in range(200):
-                p = (inside + outside) / 2
-                far = abs(share - p) > 1.96 * math.sqrt(p * (1 - p) / n)
-                inside, outside = (inside, p) if far else (p, outside)
-        assert end == pytest.approx(inside, abs=1e-9)
+from checkpoint import load
+from sample import write_video
 
 
 def test_true_renders_get_full_marks(monkeypatch):
@@ -31,12 +21,17 @@ def test_true_renders_get_full_marks(monkeypatch):
     def render(model, jobs, fps=8, **options):
         for prompt, seed in jobs:
             color, shape, direction, background = toy.expected(prompt)
-            times = np.random.default_rng(seed).uniform(0, 1) + np.arange(16) / fps
-            yield toy.draw(color, shape, background, toy.trajectory(direction, times, np.random.default_rng(seed)))
+            rng = np.random.default_rng([seed, *prompt.encode()])
+            times = rng.uniform(0, 5 - 15 / fps) + np.arange(16) / fps
+            yield toy.draw(color, shape, background, toy.trajectory(direction, times, rng))
 
     monkeypatch.setattr(evaluate, "sample_all", render)
-    right, n, cuts, failures = evaluate.grade_prompts(None, "test", 2)
+    right, n, cuts, failures, tracks = evaluate.grade_prompts(None, "test", 2)
     assert n == 12 * 4 * 2 and cuts == 0 and not failures and set(right.values()) == {n}
+    far = evaluate.trajectory_distances(tracks, "test", 2, fps=8)
+    assert far["model"] < 1.2 * far["true"]
+    tracks[:, :32] += 5  # px
+    assert evaluate.trajectory_distances(tracks, "test", 2, fps=8)["model"] > far["model"] + 32 * 20
     for fps, (speed, seen, _) in evaluate.grade_fps(None, "val", (4, 8, 15, 30)).items():
         assert speed == pytest.approx(10 / fps, rel=0.02) and seen == 1
 
@@ -46,6 +41,130 @@ def test_toy_command(run, micro, tmp_path):
                "--json", tmp_path / "r.jsonl", "--failures", tmp_path / "f.png")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.jsonl").read_text())
+    assert result["trajectories"]["model"] > result["trajectories"]["true"] > 0
     assert result["videos"] == 24 and result["shape"]["count"] <= 24 and "wrong cuts" in done.stdout
     assert Image.open(tmp_path / "f.png").size == (4 * 34, 24 * 34)
     assert run("eval.py", "toy", "--ckpt", "nowhere.safetensors").returncode == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fréchet video distance. The I3D file cannot be downloaded here: a small TorchScript network with its signature.
+
+
+class StandIn(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv3d(3, 12, (3, 8, 8), stride=(2, 4, 4))
+
+    def forward(self, video, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        assert rescale and resize and return_features
+        return self.conv(video / 127.5 - 1).relu().mean(dim=(2, 3, 4))
+
+
+@pytest.fixture(scope="module")
+def i3d(tmp_path_factory):
+    torch.manual_seed(0)
+    path = str(tmp_path_factory.mktemp("i3d") / "i3d.pt")
+    torch.jit.script(StandIn()).save(path)
+    return path
+
+
+def write_clips(folder, rng, count=48, noise=0.0):
+    """True renders of 16 frames, with noise of so many levels."""
+    for n in range(count):
+        color, shape, direction = toy.triples("train")[int(rng.integers(54))]
+        times = rng.uniform(0, 2) + np.arange(16) / 8
+        clip = toy.draw(color, shape, "black", toy.trajectory(direction, times, rng)).astype(float)
+        clip = (clip + rng.normal(0, noise, clip.shape)).clip(0, 255).astype(np.uint8)
+        write_video(str(folder / f"{n:03d}.mp4"), clip, 8, {})
+
+
+def fvd(run, i3d, *arguments):
+    done = run("eval.py", "fvd", *arguments, "--i3d", i3d, "--size", "64x64", "--seeds", 2)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[1]), done
+
+
+def test_fvd_grows_with_the_distortion(run, i3d, tmp_path):
+    """Two halves of one world are near each other; noise takes them apart, more of it further. Features are cached."""
+    rng = np.random.default_rng(0)
+    for name, noise in (("real", 0), ("other", 0), ("noisy", 20), ("noisier", 60)):
+        (tmp_path / name).mkdir()
+        write_clips(tmp_path / name, rng, noise=noise)
+    cache = ["--cache", tmp_path / "cache"]
+    far = [fvd(run, i3d, tmp_path / "real", tmp_path / name, *cache)[0] for name in ("other", "noisy", "noisier")]
+    assert 10 * far[0] < far[1] < far[2]
+    assert fvd(run, i3d, tmp_path / "real", tmp_path / "real", *cache)[0] == pytest.approx(0, abs=1e-6)
+    (folder,) = (tmp_path / "cache").iterdir()
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again, done = fvd(run, i3d, tmp_path / "real", tmp_path / "noisier", *cache)
+    assert again == far[2] and files == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert "below 10,000 videos" in done.stderr and "next to nothing" not in done.stderr
+
+
+def test_fvd_of_encoded_clips_and_of_what_cannot_be_used(run, i3d, finished, micro, tmp_path):
+    cache = ["--cache", tmp_path / "cache", "--frames", 4]
+    _, done = fvd(run, i3d, finished[0] / "encoded", finished[0] / "encoded", "--ckpt", micro, *cache)
+    assert "8 real and 8 generated" in done.stdout and "says next to nothing" in done.stderr
+    done = run("eval.py", "fvd", finished[0] / "encoded", tmp_path, "--i3d", i3d, *cache)
+    assert done.returncode == 2 and "--ckpt" in done.stderr
+    (tmp_path / "clips").mkdir()
+    write_clips(tmp_path / "clips", np.random.default_rng(0), count=3)
+    (tmp_path / "clips" / "001.mp4").write_bytes(b"no video")
+    _, done = fvd(run, i3d, tmp_path / "clips", tmp_path / "clips", *cache)
+    assert "skipped " in done.stderr and "2 real and 2 generated" in done.stdout
+    done = run("eval.py", "fvd", tmp_path / "clips", tmp_path / "clips", "--i3d", micro)
+    assert done.returncode == 2 and "is not a TorchScript file" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP score
+
+
+def test_clip_score_is_open_clips(run, tmp_path):
+    """By hand: 100 x the cosine of normed features, mean over frames, then over videos. Random weights, from a file."""
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms("RN50")
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    (tmp_path / "clips").mkdir()
+    write_clips(tmp_path / "clips", np.random.default_rng(0), count=2)
+    prompts = ["a red circle", "snow on a mountain"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    done = run("eval.py", "clip", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt", "--model", "RN50",
+               "--pretrained", tmp_path / "clip.pt", "--frames", 4)
+    assert done.returncode == 0, done.stderr
+    model.eval()
+    expected = []
+    for n, prompt in enumerate(prompts):
+        frames = evaluate.spaced_frames(str(tmp_path / "clips" / f"{n:03d}.mp4"), 4)
+        with torch.no_grad():
+            text = model.encode_text(open_clip.get_tokenizer("RN50")([prompt]))[0]
+            images = [model.encode_image(preprocess(frame)[None])[0] for frame in frames]
+        expected.append(np.mean([100 * torch.cosine_similarity(image, text, dim=0).item() for image in images]))
+    assert float(done.stdout.split()[2]) == pytest.approx(np.mean(expected), abs=0.006)
+    (tmp_path / "prompts.txt").write_text("one")
+    done = run("eval.py", "clip", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt")
+    assert done.returncode == 2 and "has 1 prompts for 2 videos" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The VAE
+
+
+def test_vae_scores_are_scikit_images(run):
+    """Inside and border by hand, from the reconstructions."""
+    model = load(evaluate.SHIPPED)
+    frames = next(iter(evaluate.toy_clips(4, 1)))
+    scores = evaluate.vae_scores(model, [frames])
+    true = frames.numpy() / 255
+    for how, back in zip(scores, evaluate.reconstructions(model, frames)):
+        back = back.numpy()
+        inside = np.mean([structural_similarity(a, b, data_range=1.0, channel_axis=0, full=True)[1][:, 8:-8, 8:-8]
+                          for a, b in zip(true, back.astype(float))])
+        error = np.mean((true - back)[..., 8:-8, 8:-8] ** 2)
+        assert scores[how]["SSIM inside"] == pytest.approx(inside, abs=1e-4)
+        assert scores[how]["PSNR inside"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
+        rim = ((true - back) ** 2).sum() - ((true - back)[..., 8:-8, 8:-8] ** 2).sum()
+        assert scores[how]["PSNR border"] == pytest.approx(-10 * np.log10(rim / (4 * 3 * (64**2 - 48**2))), abs=0.01)
+    done = run("eval.py", "vae", "--clips", 1, "--frames", 4)
+    assert done.returncode == 0 and "one by one" in done.stdout and "stitched" in done.stdout, done.stderr
