@@ -134,6 +134,8 @@ def free_memory(device) -> int:
     """Bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
+    if not os.path.exists("/proc/meminfo"):  # not Linux: all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with open("/proc/meminfo", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 

@@ -9,16 +9,19 @@ import json
 import os
 import re
 import sys
+from contextlib import nullcontext
 from fractions import Fraction
 
 import av
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 from checkpoint import Model, Parser, Settings, UserError, command_line, load, parse_size
 from grid import fold, grid_shape, unfold
+from model import split_heads
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule
@@ -199,6 +202,60 @@ def to_uint8(images):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Who looks at whom (Figure 11)
+
+
+class AttentionMaps:
+    """Meanwhile `maps` gets, at each step, how the middle block of a UNet spreads its attention over the frames:
+    (heads, T, T), from frame i to frame j in reading order of Equation 1; rows add up to 1. Of the last video of a
+    batch, with its prompt."""
+
+    def __init__(self, unet, frames: int):
+        self.unet, self.rows, self.cols, self.maps = unet, *grid_shape(frames), []
+
+    def __enter__(self):
+        attention = self.unet.middle_block[1].transformer_blocks[0].attn1
+        self.hooks = [self.unet.middle_block.register_forward_pre_hook(self.enter_block),
+                      attention.register_forward_pre_hook(self.enter_attention)]
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+    def enter_block(self, block, inputs):
+        """Which frame each token belongs to, by its middle: tokens may straddle frames."""
+        H, W = inputs[0].shape[-2:]
+        row = ((torch.arange(H) + 0.5) * self.rows / H).long()
+        col = ((torch.arange(W) + 0.5) * self.cols / W).long()
+        frame = (row[:, None] + col * self.rows).flatten()
+        self.member = F.one_hot(frame, self.rows * self.cols).float().to(inputs[0].device)  # (L, T)
+
+    def enter_attention(self, attention, inputs):
+        x, (k, v) = inputs
+        q, k = split_heads(attention.to_q(x[-1:]), attention.heads)[0].float(), k[-1].float()  # (heads, L, d)
+        scores = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
+        self.maps.append((self.member.T @ scores @ self.member / self.member.sum(0)[:, None]).cpu())
+
+    def write(self, path: str, timesteps: list[int], shown=7, cell=6, gap=12):
+        """A picture: `shown` of the steps from top to bottom, heads from left to right; the brighter, the more."""
+        chosen = np.linspace(0, len(self.maps) - 1, min(shown, len(self.maps))).round().astype(int)
+        heads, T, _ = self.maps[0].shape
+        side, left = T * cell, 60
+        picture = Image.new("RGB", (left + heads * (side + gap), gap + len(chosen) * (side + gap)), "white")
+        draw = ImageDraw.Draw(picture)
+        for head in range(heads):
+            draw.text((left + head * (side + gap), 0), f"head {head}", fill="black")
+        for n, i in enumerate(chosen):
+            top = gap + n * (side + gap)
+            draw.text((2, top), f"t = {timesteps[i]}", fill="black")
+            for head, values in enumerate(self.maps[i] / self.maps[i].amax(dim=(1, 2), keepdim=True)):
+                levels = (values * 255).round().byte().numpy().repeat(cell, 0).repeat(cell, 1)
+                picture.paste(Image.fromarray(levels), (left + head * (side + gap), top))
+        picture.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -288,6 +345,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to stay away from")
     parser.add_argument("--out", metavar="PATH", help="a .mp4, .gif or .png (contact sheet) file, numbered when there "
                         "are several videos, or a folder (default: out/)")
+    parser.add_argument("--attention_map", metavar="F.png", help="a picture of how frames attend to each other in the "
+                        "middle block, by head and step (of one video)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on cuda, else float32")
     return parser.parse_args()
@@ -380,6 +439,17 @@ def output_paths(args, prompts) -> list[str]:
     return paths
 
 
+def check_map(args, videos: int):
+    """Raise UserError on what --attention_map cannot show, or where it cannot be written."""
+    if videos > 1 or args.frames == 1:
+        raise UserError(f"--attention_map shows the frames of one video, not of {videos} with {args.frames}")
+    if not args.attention_map.lower().endswith(".png"):
+        raise UserError(f"--attention_map {args.attention_map}: the file must end in .png")
+    if os.path.lexists(args.attention_map):
+        raise UserError(f"{args.attention_map} is there already: choose another --attention_map, or remove it")
+    check_writable(args.attention_map)
+
+
 def check_writable(path: str):
     """Better now than after the sampling."""
     try:
@@ -405,6 +475,10 @@ def main():
     args.size = size or (settings.width, settings.height)
     check_request(args, model)
     paths = output_paths(args, prompts)
+    watch = nullcontext()
+    if args.attention_map:
+        check_map(args, len(paths))
+        watch = AttentionMaps(model.unet, args.frames)
     for cut in model.text.tokenize(prompts)[1]:
         if cut:
             warn(f"the prompt is longer than the text tower reads; cut off: {cut!r}")
@@ -412,11 +486,14 @@ def main():
     wanted = [(prompt, args.seed + n) for prompt in prompts for n in range(args.num)]
     shared = {name: getattr(args, name) for name in
               ("negative", "frames", "size", "fps", "steps", "guidance", "sampler", "eta", "ckpt")}
-    with tqdm(total=len(wanted) * args.steps, unit="step", desc="sample", file=sys.stderr) as bar:
+    with watch, tqdm(total=len(wanted) * args.steps, unit="step", desc="sample", file=sys.stderr) as bar:
         for (prompt, seed), path in zip(wanted, paths):
             video = generate(model, [prompt], seeds=[seed], progress=lambda *_: bar.update(),
                              **{name: value for name, value in shared.items() if name != "ckpt"})[0]
             write_video(path, video, playback_fps(args.fps), {"prompt": prompt, "seed": seed, **shared})
+    if args.attention_map:
+        watch.write(args.attention_map, NoiseSchedule(settings).sampling_timesteps(args.steps))
+        paths.append(args.attention_map)
     for path in paths:
         print(path)
 

@@ -6,10 +6,11 @@ import os
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from checkpoint import load
-from sample import contact_sheet, generate, playback_fps, write_video
+from sample import AttentionMaps, contact_sheet, generate, playback_fps, write_video
 
 
 def frames_of(path):
@@ -182,3 +183,43 @@ def test_never_overwrites(run, micro, tmp_path):
     done = run("sample.py", "x", "--ckpt", micro, "--steps", 1, "--out", tmp_path / "a.mp4")
     assert done.returncode == 2 and "is there already" in done.stderr
     assert (tmp_path / "a.mp4").read_text() == "precious"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention maps
+
+
+def test_attention_map_is_the_sum_over_pairs_of_frames(micro):
+    """Figure 11 by its formula, token by token: sum over x in frame i and y in frame j of attn(x, y), over tokens."""
+    model, seen = load(micro), []
+    attention = model.unet.middle_block[1].transformer_blocks[0].attn1
+    hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    with AttentionMaps(model.unet, 4) as watch:
+        watched = generate(model, ["a red circle"], steps=2, guidance=3.0)
+    hook.remove()
+    assert len(watch.maps) == len(seen) == 2
+    for found, (x, _) in zip(watch.maps, seen):
+        q, k = attention.to_q(x[-1]).detach(), attention.to_k(x[-1]).detach()  # (L, C), of the half with the prompt
+        side, width = int(len(q) ** 0.5), q.shape[1] // attention.heads
+        frame = [y // (side // 2) + x // (side // 2) * 2 for y in range(side) for x in range(side)]  # Equation 1
+        for head in range(attention.heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = (q[:, part] @ k[:, part].T / width**0.5).softmax(-1)
+            expected = torch.zeros(4, 4)
+            for a, i in enumerate(frame):
+                for b, j in enumerate(frame):
+                    expected[i, j] += scores[a, b] / frame.count(i)
+            torch.testing.assert_close(found[head], expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found[head].sum(1), torch.ones(4))
+    assert np.array_equal(watched, generate(model, ["a red circle"], steps=2, guidance=3.0)) and len(watch.maps) == 2
+
+
+def test_attention_map_is_written(run, micro, tmp_path):
+    options = ["a red circle", "--ckpt", micro, "--steps", 9, "--out", tmp_path / "v.gif"]
+    done = run("sample.py", *options, "--attention_map", tmp_path / "map.png")
+    assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / "v.gif"), str(tmp_path / "map.png")]
+    assert Image.open(tmp_path / "map.png").height == 12 + 7 * (4 * 6 + 12)
+    options[-1] = tmp_path / "w.gif"
+    for more, says in ((["--num", 2], "one video, not of 2"), (["--frames", 1], "not of 1 with 1"), ([], "is there")):
+        done = run("sample.py", *options, "--attention_map", tmp_path / "map.png", *more)
+        assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
