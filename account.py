@@ -22,7 +22,7 @@ from data import EncodedClips, Items, encode_frames
 from grid import grid_shape
 from model import ModelConfig
 from offload import OffloadAdamW
-from task import Autoencoding, Denoising, data_lists, loss_of
+from task import Autoencoding, Denoising, check_sides, data_lists, loss_of
 
 
 class Account(TorchDispatchMode):
@@ -69,6 +69,7 @@ def architecture(cfg: Config) -> ModelConfig:
 def setting(cfg: Config, architecture: ModelConfig):
     """The run's module, a batch of zeros for it, and its VAE where frames are encoded live; weights are random."""
     model = build(architecture, Settings(prediction="v"))
+    check_sides(cfg, model)
     size, factor = cfg.batch_size, model.vae.cfg.downsampling
     w, h, channels = cfg.width // factor, cfg.height // factor, model.vae.cfg.latent_channels
     if cfg.train == "vae":
@@ -130,6 +131,9 @@ def seconds_a_step(cfg: Config, device) -> float:
     return min(seconds)
 
 
+SLOW = 2e13  # FLOP
+
+
 def free_memory(device) -> int:
     """Bytes."""
     if device.type == "cuda":
@@ -158,7 +162,10 @@ def epoch(cfg: Config, world: int):
 
 
 def dry_run(cfg: Config):
-    """Print parameters, memory by kind, steps an epoch, and the time of a step where it fits."""
+    """Print parameters, memory by kind, steps an epoch, and the time of a step where it fits. Under torchrun rank 0
+    does, for as many processes."""
+    if int(os.environ.get("RANK", 0)):
+        return
     if cfg.dtype == "float64":
         raise UserError("dry_run accounts for dtype = float32, bfloat16 and float16, not float64")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -166,8 +173,12 @@ def dry_run(cfg: Config):
     need = memory(cfg, device.type)
     kinds = ("weights", "frozen", "gradients", "activations")
     together = sum(need[kind] for kind in kinds)
-    state = {"masters": int(device.type != "cpu"), "moments": 2, "moving average": int(bool(cfg.ema))}
+    gpu, average = int(device.type != "cpu"), int(bool(cfg.ema))
+    state = {"masters": gpu, "gradients": gpu, "moments": 2, "moving average": average}
     host = need["weights"] * sum(state.values())
+    saving = need["weights"] * (2 + average) if world > 1 else 0  # of the other ranks, too
+
+    plural = f"{world} processes" if world > 1 else "one process"
 
     def line(name, text):
         print(f"{name:<22}{text}")
@@ -178,13 +189,17 @@ def dry_run(cfg: Config):
     line("memory of the device", f"{together / 1e9:.2f} GB at the peak of a step")
     for kind in kinds:
         line("  " + kind, f"{need[kind] / 1e9:.2f} GB")
-    line("memory of the host", f"{host / 1e9:.2f} GB for {', '.join(n for n, k in state.items() if k)}; each of N "
-         "ranks holds 1/N")
+    line("memory of the host", f"{host / 1e9:.2f} GB for {', '.join(n for n, k in state.items() if k)}, in {plural}")
+    if saving:
+        line("  while saving", f"{saving / 1e9:.2f} GB more on rank 0")
     line("computation", f"{need['flop'] / 1e12:,.2f} TFLOP a step and rank")
     if cfg.train == "unet":
         for source, text in epoch(cfg, world):
-            line(f"data, {source}", text)
-    free, wanted = free_memory(device), together + (host if device.type == "cpu" else 0)
+            line(f"data, {source}", text + f" of {plural}" * text.endswith("epoch"))
+    free, wanted = free_memory(device), together + (0 if gpu else host)
+    if not gpu and need["flop"] > SLOW:
+        line("time of a step", "not measured: it would take minutes on this CPU")
+        return
     if wanted > free:
         line("time of a step", f"not measured: it needs {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB of this {device} "
              "are free")

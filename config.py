@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import model as models
 from checkpoint import UserError
+from data import SOURCES
 from grid import grid_shape
 from sample import NoiseSchedule
 
@@ -85,7 +86,7 @@ class Config:
     save_every: int = 500  # steps: a checkpoint to resume from
     keep: int = 2  # checkpoints
     resume: bool = True  # from the newest whole checkpoint; False refuses a folder that has one
-    timeout: float = 600.0  # seconds that a rank may do nothing before it ends the job; a sheet must fit into them
+    timeout: float = 600.0  # seconds that a rank may do nothing before it ends the job
     prompts: tuple = ()  # of the sheet
     licence: str = ""  # of the data and the base weights, for the file's header
     wandb_log: bool = False  # to Weights & Biases too: the same numbers as in metrics.jsonl
@@ -115,7 +116,7 @@ def read_config(path: str, overrides: list[str]) -> Config:
             raise UserError(f"{where}: a config holds assignments of plain values, nothing else")
         try:
             check_value(values, node.targets[0].id, ast.literal_eval(node.value), where)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{where}: {node.targets[0].id} is not a plain value") from error
     for override in overrides:
         match = re.fullmatch(r"--(\w+)(?:=(.*))?", override, re.DOTALL)
@@ -124,7 +125,7 @@ def read_config(path: str, overrides: list[str]) -> Config:
         name, text = match[1], match[2] if match[2] is not None else "True"
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (TypeError, ValueError, SyntaxError):
             value = text  # a bare word is a string
         check_value(values, name, value, override)
     cfg = Config(**values)
@@ -141,7 +142,12 @@ def check_config(cfg: Config):
             raise UserError(f"{name} is one of {', '.join(known)}, not {getattr(cfg, name)!r}")
     for name in ("max_steps", "batch_size", "accumulate", "log_every", "sheet_every", "save_every", "keep", "timeout"):
         if getattr(cfg, name) <= 0:
-            raise UserError(f"{name} is at least 1, not {getattr(cfg, name)}")
+            raise UserError(f"{name} is more than 0, not {getattr(cfg, name)}")
+    shares = cfg.mix.values()
+    if not all(s in SOURCES for s in cfg.mix) or not all(type(n) is int and n >= 0 for n in shares) or not sum(shares):
+        raise UserError(f"mix gives each of {', '.join(SOURCES)} a whole number, not all 0; it is {cfg.mix}")
+    if not cfg.fps_values or not all(type(f) in (int, float) and 1 <= f <= 60 for f in cfg.fps_values):
+        raise UserError(f"fps_values are numbers in 1..60, not {cfg.fps_values}")
     whole = len(cfg.timesteps) == 2 and all(type(t) is int for t in cfg.timesteps)
     if not whole or not 0 <= cfg.timesteps[0] < cfg.timesteps[1] <= NoiseSchedule.timesteps:
         raise UserError(f"timesteps are two rising whole numbers in 0..{NoiseSchedule.timesteps}, not {cfg.timesteps}")

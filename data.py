@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -350,7 +351,7 @@ class EncodedClips:
             self.records = Records(os.path.join(folder, "index.jsonl"))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is not a folder of encoded clips: {error}") from error
-        self.folder, self.text = folder, text and settings["text"]
+        self.folder, self.text, self.vae = folder, text and settings["text"], settings["vae"]
         self.spec = Spec(**settings["spec"] | {"fps_values": tuple(settings["spec"]["fps_values"])})
         owners = [(SOURCES.index(line["source"]), line["item"]) for line in map(json.loads, self.records)]
         owners = np.array(owners).reshape(-1, 2)
@@ -383,6 +384,11 @@ class EncodedClips:
         context = self.tensor(line["shard"], "context", line["row"]) if self.text else None
         return Sample(self.tensor(line["shard"], "moments", line["row"]), line["caption"], line["fps"], line["k"],
                       tuple(map(tuple, line["skipped"])), context)
+
+
+def fingerprint(vae) -> str:
+    """Of an autoencoder, to tell one from another."""
+    return f"{sum(p.double().abs().sum().item() for p in vae.parameters()):.6g}"
 
 
 def encode_frames(vae, frames, chunk=16):
@@ -501,6 +507,9 @@ class Stream:
                     continue
                 samples.append(sample)
                 sources.append(source)
+        if not samples:
+            raise UserError(f"none of the {len(faults)} samples held out for validation can be used, the last because: "
+                            f"{faults[-1][2]}")
         return self.collated(samples, sources, 0, list(range(len(samples))), faults, [False] * len(samples))
 
     def __getitem__(self, n: int):
@@ -545,16 +554,23 @@ def batches(stream: Stream, first: int, last: int, workers: int, limit=LOADER_LI
         return
     # a fork server: forked from a process that decodes, or has a GPU, libav's locks may stay locked for ever
     loader = DataLoader(stream, batch_size=None, sampler=range(first, last), num_workers=workers, prefetch_factor=4,
-                        timeout=limit, multiprocessing_context="forkserver")
+                        timeout=limit, multiprocessing_context="forkserver", worker_init_fn=ignore_interrupts)
     try:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
     except RuntimeError as error:
-        if "timed out" not in str(error):
-            raise
-        raise UserError(f"no batch within {limit} s: a worker hangs, or {workers} workers are too few") from error
+        if "timed out" in str(error):
+            raise UserError(f"no batch within {limit} s: a worker hangs, or {workers} workers are too few") from error
+        if "exited unexpectedly" in str(error):
+            raise UserError(f"a worker that reads data was killed, maybe for want of memory ({error})") from error
+        raise
+
+
+def ignore_interrupts(worker: int):
+    """Ctrl-C goes to all processes of a terminal; the one that trains finishes its step, for which it needs workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Faults:

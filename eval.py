@@ -174,6 +174,12 @@ class VideoSet:
         if self.encoded and model is None:
             raise UserError(f"{path} holds encoded clips: say with --ckpt which model's VAE decodes them")
         self.items = EncodedClips(path, text=False) if self.encoded else Items("video", path)
+        if self.encoded:
+            spec = self.items.spec
+            if (spec.frames, spec.width, spec.height) != (frames, *size) or fps not in spec.fps_values:
+                rates = ", ".join(f"{f:g}" for f in spec.fps_values)
+                raise UserError(f"{path} holds {spec.frames} frames of {spec.width}x{spec.height} at {rates} FPS: ask "
+                                "for that with --frames, --size and --fps")
 
     def __len__(self):
         return self.items.count("video") if self.encoded else len(self.items)
@@ -183,10 +189,14 @@ class VideoSet:
 
     def clip(self, i: int, seed: int):
         """Raises Bad."""
-        u, v = np.random.default_rng([seed, i]).random(2)
+        u = np.random.default_rng([seed, i]).random()
         if self.encoded:
-            mean, logvar = self.items.sample("video", i, u, v).data.float().chunk(2, dim=1)
-            return decode(self.model, mean[None, : self.frames] * self.model.settings.latent_scale)[0]
+            lines = [line for line in self.items.lines("video", i) if line.get("fps") == self.fps and "bad" not in line]
+            if not lines:
+                raise Bad(f"not encoded at {self.fps:g} FPS")
+            line = lines[int(u * len(lines))]
+            mean = self.items.tensor(line["shard"], "moments", line["row"]).float().chunk(2, dim=1)[0]
+            return decode(self.model, mean[None] * self.model.settings.latent_scale)[0]
         with opened(self.items.file(self.items.fields(i))) as video:
             fps = self.fps or video.rate
             room = video.duration - (self.frames - 1) / fps
@@ -215,12 +225,16 @@ class Detector:
 
     def __call__(self, clips: list) -> torch.Tensor:
         """uint8 (T, H, W, 3) each -> (N, D)."""
-        paths = [os.path.join(self.folder, hashlib.sha256(clip.tobytes()).hexdigest() + ".npy") for clip in clips]
+        keys = [hashlib.sha256(str(clip.shape).encode() + clip.tobytes()).hexdigest() for clip in clips]
+        paths = [os.path.join(self.folder, key + ".npy") for key in keys]
         new = [n for n, path in enumerate(paths) if not os.path.exists(path)]
         if new:
             video = torch.from_numpy(np.stack([clips[n] for n in new])).permute(0, 4, 1, 2, 3).float().to(self.device)
-            with torch.no_grad():
-                features = self.net(video, rescale=True, resize=True, return_features=True).float().cpu().numpy()
+            try:
+                with torch.no_grad():
+                    features = self.net(video, rescale=True, resize=True, return_features=True).float().cpu().numpy()
+            except RuntimeError as error:
+                raise UserError(f"the network of --i3d cannot be called as I3D is: {first_line(error)}") from error
             for n, feature in zip(new, features):
                 with open(paths[n] + ".part", "wb") as file:
                     np.save(file, feature)
@@ -250,8 +264,7 @@ def gaussian_of(videos: VideoSet, detector: Detector, seed: int, limit: int, bat
 
 def command_fvd(args):
     model = load(args.ckpt, args.device) if args.ckpt else None
-    sets = [VideoSet(path, args.frames, parse_size(args.size), fps, model)
-            for path, fps in ((args.real, args.fps), (args.gen, None))]
+    sets = [VideoSet(path, args.frames, parse_size(args.size), args.fps, model) for path in (args.real, args.gen)]
     detector, distances = Detector(args.i3d, args.cache, args.device), []
     for seed in range(args.seeds):
         one, two = (gaussian_of(videos, detector, seed, args.videos) for videos in sets)
@@ -355,11 +368,18 @@ def command_vae(args):
     model = load(args.ckpt, args.device)
     width, height = parse_size(args.size) if args.size else (model.settings.width, model.settings.height)
     frames = args.frames or model.settings.frames
+    try:
+        grid_shape(frames)
+    except ValueError as error:
+        raise UserError(f"--frames: {error}") from error
     clips = toy_clips(frames, args.clips)
     if args.video:
         clips = listed_clips(args.video, Spec(frames, width, height), args.clips)
-    scores = vae_scores(model, list(clips))
-    print(f"{args.ckpt}, {args.clips} clips of {frames} frames; border: {BORDER} pixels")
+    clips = list(clips)
+    if not clips:
+        raise UserError("there is no clip to encode")
+    scores = vae_scores(model, clips)
+    print(f"{args.ckpt}, {len(clips)} clips of {frames} frames; border: {BORDER} pixels")
     print(f"{'':<12}" + "".join(f"{name:>13}" for name in scores["stitched"]))
     for how, row in scores.items():
         print(f"{how:<12}" + "".join(f"{value:>13.{2 if name[0] == 'P' else 4}f}" for name, value in row.items()))
@@ -390,7 +410,7 @@ def main():
     p.add_argument("--i3d", required=True, metavar="FILE", help="i3d_torchscript.pt, which most papers use")
     p.add_argument("--videos", type=int, default=ENOUGH, help="at most, of each set")
     p.add_argument("--frames", type=int, default=16)
-    p.add_argument("--fps", type=float, help="of the real clips (default: consecutive frames)")
+    p.add_argument("--fps", type=float, help="to sample both at (default: consecutive frames)")
     p.add_argument("--size", default="256x256", metavar="WxH", help="frames are brought to, before I3D's own 224x224")
     p.add_argument("--seeds", type=int, default=3, help="choices of videos and starts; the least distance counts")
     p.add_argument("--ckpt", help="the model whose VAE decodes encoded clips")

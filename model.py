@@ -377,7 +377,7 @@ class UNet(nn.Module):
     def run(self, block, h, emb, kvs):
         kv = next(kvs) if any(isinstance(layer, SpatialTransformer) for layer in block) else None
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, emb, kv, use_reentrant=False)
+            return checkpoint(block, h, emb, kv, use_reentrant=False, preserve_rng_state=False)  # nothing is random
         return block(h, emb, kv)
 
 
@@ -527,6 +527,12 @@ class TextEncoder(nn.Module):
         # the words of motion before the denoiser has a use for them, and never gets them back
         nn.init.normal_(self.model.token_embedding.weight)
         nn.init.normal_(self.model.positional_embedding, std=0.1)
+
+    def unused(self) -> list[nn.Module | nn.Parameter]:
+        """What the context does not depend on, and training must leave alone."""
+        last = self.cfg.layers - self.cfg.skip_last
+        projection = self.model.text_projection
+        return [*self.model.transformer.resblocks[last:], *([] if projection is None else [projection])]
 
     def tokenize(self, prompts: list[str]):
         """Token ids (B, length), and for each prompt the text that did not fit ("" when all did)."""

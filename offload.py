@@ -52,10 +52,11 @@ def shard(groups, world: int) -> list[Piece]:
 class OffloadAdamW:
     """AdamW over parameter groups, as torch.optim.AdamW takes them; weight decay is decoupled.
 
-    ema  decay of a moving average of the weights, 0 for none; it warms up as (1 + n) / (10 + n)
+    ema   decay of a moving average of the weights, 0 for none; it warms up as (1 + n) / (10 + n)
+    gloo  a process group for what lies on the CPU; None is the default group
     """
 
-    def __init__(self, groups, ema=0.0, rank=0, world=1):
+    def __init__(self, groups, ema=0.0, rank=0, world=1, gloo=None):
         groups = [{"params": [p for p in group["params"] if p.requires_grad]} | {k: v for k, v in group.items()
                                                                                  if k != "params"} for group in groups]
         self.params = [p for group in groups for p in group["params"]]
@@ -67,7 +68,7 @@ class OffloadAdamW:
         self.inner = torch.optim.AdamW(
             [group | {"params": [m for m, piece in zip(self.masters, self.mine) if piece.group == g]}
              for g, group in enumerate(groups)], fused=True)
-        self.gloo = dist.new_group(backend="gloo") if world > 1 else None  # for what lies on the CPU
+        self.gloo = gloo
         if not self.on_host:
             self.grads = [torch.empty_like(master, pin_memory=True) for master in self.masters]
             self.stream = torch.cuda.Stream()
@@ -155,11 +156,13 @@ class OffloadAdamW:
     # State, whole: it does not depend on how many ranks there are
 
     def whole(self, shards: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """On rank 0 the full tensors, one a parameter, of what every rank holds a shard of."""
+        """On rank 0 the full tensors, one a parameter, of what every rank holds a shard of; views if it holds all."""
         if self.rank:
             for numbers in shards:
                 dist.send(numbers.contiguous(), 0, group=self.gloo)
             return None
+        if self.world == 1:
+            return [numbers.as_strided(p.shape, p.stride()) for p, numbers in zip(self.params, shards)]
         full = {p: torch.empty_like(p, device="cpu") for p in self.params}
         held = dict(zip(map(id, self.mine), shards))
         for piece in self.pieces:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from checkpoint import Parser, UserError, first_line, load, parse_size
-from data import SOURCES, Items, Spec, encode_frames, image_names, offered_fps, read_sample
+from data import SOURCES, Items, Spec, encode_frames, fingerprint, image_names, offered_fps, read_sample
 from media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened, upright_size
 
 
@@ -57,8 +57,7 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
     if os.path.exists(out):
         raise UserError(f"{out} is there already: choose another folder, or remove it")
     part, sources = out + ".part", {source: Items(source, path) for source, path in lists.items()}
-    vae = f"{sum(p.double().sum().item() for p in model.vae.parameters()):.6g}"  # tells one from another
-    origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype), "vae": vae}
+    origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype), "vae": fingerprint(model.vae)}
     done = resume_encode(part, origin)
     model.vae.to(memory_format=torch.channels_last)  # a third faster on the CPU
     save_file({"context": encode_text(model, [""], dtype)} if text else {}, os.path.join(part, "empty.safetensors"))
@@ -137,14 +136,20 @@ def encode_text(model, captions: list[str], dtype) -> torch.Tensor:
         return model.text(model.text.tokenize(captions)[0].to(device)).to(dtype).cpu()
 
 
-def frame_pool(lists: dict[str, str], count: int, size, seed=0) -> torch.Tensor:
-    """`count` frames drawn evenly from the sources, for training a VAE: uint8 (count, 3, H, W), in memory."""
+def frame_pool(lists: dict[str, str], count: int, size, seed=0, which=slice(None)) -> torch.Tensor:
+    """`count` frames drawn evenly from the sources, for training a VAE: uint8 (count, 3, H, W), in memory.
+
+    which  of each list's items
+    """
     rng, pool = np.random.default_rng(seed), []
     for source, path in lists.items():
         items = Items(source, path)
-        each = math.ceil(count / len(lists) / len(items))
+        chosen = np.arange(len(items))[which]
+        if not len(chosen):
+            raise UserError(f"validation leaves nothing to train on of {len(items)} {source} samples")
+        each = math.ceil(count / len(lists) / len(chosen))
         spec = Spec(min(each, 4) if source == "video" else each, *size, fps_values=(1,), seed=seed)
-        for i in tqdm(rng.permutation(len(items))[: math.ceil(count / len(lists))], desc=f"frames of {source}"):
+        for i in tqdm(rng.permutation(chosen)[: math.ceil(count / len(lists))], desc=f"frames of {source}"):
             try:
                 pool.append(read_sample(source, i, items[i], spec, lambda offered: (offered[0], 0)).data)
             except Bad as bad:

@@ -11,11 +11,13 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from checkpoint import UserError
 
 POLL = 0.2  # seconds between two looks
 
@@ -28,23 +30,31 @@ class Ranks:
 
     def __init__(self, timeout: float):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+        gpu, local, self.gloo = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0)), None
+        if gpu and local >= torch.cuda.device_count():
+            raise UserError(f"{local + 1} processes on a machine with {torch.cuda.device_count()} GPUs: give torchrun "
+                            "--nproc_per_node no more than that")
+        self.device = torch.device("cuda", local) if gpu else torch.device("cpu")
         if gpu:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            # collectives wait longer than the watchdog, which can say for whom
-            dist.init_process_group("nccl" if gpu else "gloo", store=shared_store("group", self.rank), rank=self.rank,
-                                    world_size=self.world, timeout=timedelta(seconds=3 * timeout + 60))
-            self.gloo = dist.new_group(backend="gloo")  # for what lies on the CPU
-            self.watchdog = Watchdog(self.rank, self.world, timeout)
+            limit = timedelta(seconds=3 * timeout + 60)  # longer than the watchdog's, which can say for whom they wait
+            client = store_client(serve=self.rank == 0)
+            attempt = next_attempt(client, self.rank)
+            dist.init_process_group("nccl" if gpu else "gloo", store=dist.PrefixStore(f"group {attempt}", client),
+                                    rank=self.rank, world_size=self.world, timeout=limit)
+            self.gloo = dist.new_group(backend="gloo", timeout=limit)  # for what lies on the CPU
+            client.add("formed", attempt - client.add("formed", 0) if self.rank == 0 else 0)
+            # a client of its own: the process group blocks the one that it waits with
+            own = dist.PrefixStore(f"watchdog {attempt}", store_client())
+            self.watchdog = Watchdog(own, self.rank, self.world, timeout)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
         if self.world > 1:
-            self.watchdog.stop()
+            self.watchdog.stop(failed=kind not in (None, SystemExit))
             if kind is None:
                 dist.destroy_process_group()
 
@@ -53,12 +63,16 @@ class Ranks:
         if self.world > 1:
             self.watchdog.at(place)
 
+    def patient(self):
+        """A context in which no rank need come on, only be alive: downloads and disks are slow."""
+        return self.watchdog.patient() if self.world > 1 else nullcontext()
+
     def from_rank_0(self, name: str, make):
         """What make() gives on rank 0, on all ranks; it may take days. JSON goes across. A name serves once."""
         if self.world == 1:
             return make()
         if self.rank == 0:
-            with self.watchdog.patient():
+            with self.patient():
                 value = make()
             self.watchdog.store.set(name, json.dumps(value))
             return value
@@ -73,16 +87,25 @@ class Ranks:
         return numbers
 
 
-def shared_store(use: str, rank: int | None = None) -> dist.Store:
-    """A client of the key-value store of all ranks. Keys are of this attempt: torchrun keeps the store when it restarts
-    workers, and they must not find the addresses of those before them. (torch's own rendezvous, 2.15, does.)
+def store_client(serve=False) -> dist.Store:
+    """Of the key-value store of all ranks: torchrun's, or without torchrun that of the process that serves it."""
+    serve = serve and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=serve,
+                         timeout=timedelta(minutes=10), wait_for_workers=False)
 
-    rank  of the first client of a process: without torchrun rank 0 runs the store
-    """
-    serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=serve,
-                           timeout=timedelta(minutes=10), wait_for_workers=False)
-    return dist.PrefixStore(f"{use}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
+
+def next_attempt(client: dist.Store, rank: int) -> int:
+    """The number of this start of the ranks, the same on all. torchrun keeps its store when it restarts them, and they
+    must not find the addresses of those before (with torch's own rendezvous they do); its own count of restarts differs
+    from machine to machine. Rank 0 counts; the others wait for a number that no group was formed under, and that no
+    process of their rank has joined."""
+    if rank == 0:
+        return client.add("attempt", 1)
+    stale = max(client.add("formed", 0), client.add(f"joined by {rank}", 0))
+    while (attempt := client.add("attempt", 0)) <= stale:
+        time.sleep(POLL)
+    client.add(f"joined by {rank}", attempt - client.add(f"joined by {rank}", 0))
+    return attempt
 
 
 class Watchdog:
@@ -92,10 +115,10 @@ class Watchdog:
     or whose own watchdog is silent too, because the process was stopped or its machine is gone.
     """
 
-    def __init__(self, rank: int, world: int, timeout: float):
-        self.store = shared_store("watchdog")  # a client of its own: the process group blocks the one it waits with
-        self.rank, self.world, self.timeout = rank, world, timeout
-        self.places, self.place, self.waiting, self.ended = 0, "start", False, threading.Event()
+    def __init__(self, store: dist.Store, rank: int, world: int, timeout: float):
+        self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
+        self.places, self.place, self.waiting, self.failed = 0, "start", False, False
+        self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
@@ -104,13 +127,13 @@ class Watchdog:
 
     @contextmanager
     def patient(self):
-        """Meanwhile no rank need come on, only be alive."""
-        self.waiting = True
+        before, self.waiting = self.waiting, True
         yield
-        self.waiting = False
+        self.waiting = before
         self.at("prepared")
 
-    def stop(self):
+    def stop(self, failed: bool):
+        self.failed = failed
         self.ended.set()
         self.thread.join()
 
@@ -118,15 +141,16 @@ class Watchdog:
         names, beats, seen = [f"rank {r}" for r in range(self.world)], 0, {}
         while True:
             beats += 1
+            ended = self.ended.is_set()
             mine = {"beat": beats, "places": self.places, "place": self.place, "waiting": self.waiting,
-                    "ended": self.ended.is_set()}
+                    "ended": ended, "failed": self.failed}
             try:
                 self.store.set(names[self.rank], json.dumps(mine))
                 all_there = self.store.check(names)
                 ranks = [json.loads(text) for text in self.store.multi_get(names)] if all_there else []
             except RuntimeError:  # the store went with the process that ran it
                 self.leave("the store of rank 0's machine is gone")
-            if mine["ended"]:
+            if ended:
                 return
             now = time.monotonic()
             for r, state in enumerate(ranks):
@@ -137,7 +161,10 @@ class Watchdog:
             self.ended.wait(min(5.0, self.timeout / 10))
 
     def judge(self, ranks, seen, now):
-        """End the job if a rank is silent, or none has moved."""
+        """End the job if a rank is silent or has failed, or none has moved."""
+        for r, state in enumerate(ranks):
+            if state["failed"]:  # on this machine torchrun sees to it; on others nobody does
+                self.leave(f"rank {r} (last at: {state['place']}) ended with an error: the job ends")
         running = [r for r, state in enumerate(ranks) if not state["ended"]]
         if not running:
             return
@@ -163,12 +190,17 @@ class Watchdog:
 
 
 class Interrupt:
-    """Notes SIGTERM and SIGINT, on whichever rank they arrive; the loop asks after every step."""
+    """Notes SIGTERM and SIGINT, on whichever rank they arrive; the loop asks after every step. The second of them ends
+    the process at once."""
 
     def __init__(self):
         self.name = None
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: setattr(self, "name", signal.Signals(number).name))
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
 
     def anywhere(self, ranks: Ranks) -> bool:
         """Whether any rank was asked to stop: all leave after the same step."""

@@ -235,12 +235,14 @@ class AttentionMaps:
         x, (k, v) = inputs
         q, k = split_heads(attention.to_q(x[-1:]), attention.heads)[0].float(), k[-1].float()  # (heads, L, d)
         scores = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
-        self.maps.append((self.member.T @ scores @ self.member / self.member.sum(0)[:, None]).cpu())
+        tokens = self.member.sum(0)[:, None].clamp(min=1)  # a small frame may have none
+        self.maps.append((self.member.T @ scores @ self.member / tokens).cpu())
 
-    def write(self, path: str, timesteps: list[int], shown=7, cell=6, gap=12):
+    def write(self, path: str, timesteps: list[int], shown=7, gap=12):
         """A picture: `shown` of the steps from top to bottom, heads from left to right; the brighter, the more."""
         chosen = np.linspace(0, len(self.maps) - 1, min(shown, len(self.maps))).round().astype(int)
         heads, T, _ = self.maps[0].shape
+        cell = max(1, 96 // T)  # pixels
         side, left = T * cell, 60
         picture = Image.new("RGB", (left + heads * (side + gap), gap + len(chosen) * (side + gap)), "white")
         draw = ImageDraw.Draw(picture)
@@ -422,7 +424,8 @@ def output_paths(args, prompts) -> list[str]:
     if kind:
         if kind.lower() not in WRITERS:
             raise UserError(f"--out {args.out}: the file must end in {', '.join(WRITERS)}")
-        paths = [args.out] if len(videos) == 1 else [f"{stem}-{i:03d}{kind}" for i in range(len(videos))]
+        digits = max(3, len(str(len(videos) - 1)))  # sorted by name they are in the order of the prompts
+        paths = [args.out] if len(videos) == 1 else [f"{stem}-{i:0{digits}d}{kind}" for i in range(len(videos))]
         for path in paths:
             if os.path.lexists(path):
                 raise UserError(f"{path} is there already: choose another --out, or remove it")
@@ -439,13 +442,13 @@ def output_paths(args, prompts) -> list[str]:
     return paths
 
 
-def check_map(args, videos: int):
+def check_map(args, paths: list[str]):
     """Raise UserError on what --attention_map cannot show, or where it cannot be written."""
-    if videos > 1 or args.frames == 1:
-        raise UserError(f"--attention_map shows the frames of one video, not of {videos} with {args.frames}")
+    if len(paths) > 1 or args.frames == 1:
+        raise UserError(f"--attention_map shows the frames of one video, not of {len(paths)} with {args.frames}")
     if not args.attention_map.lower().endswith(".png"):
         raise UserError(f"--attention_map {args.attention_map}: the file must end in .png")
-    if os.path.lexists(args.attention_map):
+    if os.path.lexists(args.attention_map) or args.attention_map in paths:
         raise UserError(f"{args.attention_map} is there already: choose another --attention_map, or remove it")
     check_writable(args.attention_map)
 
@@ -477,7 +480,7 @@ def main():
     paths = output_paths(args, prompts)
     watch = nullcontext()
     if args.attention_map:
-        check_map(args, len(paths))
+        check_map(args, paths)
         watch = AttentionMaps(model.unet, args.frames)
     for cut in model.text.tokenize(prompts)[1]:
         if cut:

@@ -12,18 +12,21 @@ from torch import nn
 import toy
 from checkpoint import Model, Settings, UserError, build, load
 from config import PRESETS, Config
-from data import SOURCES, Batch, EncodedClips, Faults, LiveClips, Spec, Stream, batches, generator
+from data import SOURCES, Batch, EncodedClips, Faults, LiveClips, Spec, Stream, batches, fingerprint, generator
 from grid import fold, grid_shape
 from prepare import encode, frame_pool
-from sample import NoiseSchedule
+from sample import NoiseSchedule, check_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and data of a run
 
 
 def make_model(cfg: Config) -> Model:
-    """The model that training starts from, on the CPU in fp32."""
+    """The model that training starts from, on the CPU in fp32. Raises UserError on what cannot be trained."""
     if cfg.init:
+        if not (cfg.mixed_embedding and cfg.fps_embedding):
+            raise UserError("mixed_embedding and fps_embedding are switched off for models that start from nothing: "
+                            f"{cfg.init} brings its own")
         model = load(cfg.init, prediction=cfg.prediction or None)
         settings = model.settings
     else:
@@ -41,7 +44,17 @@ def make_model(cfg: Config) -> Model:
     model.settings = replace(
         settings, frames=cfg.frames, width=cfg.width, height=cfg.height, fps=cfg.default_fps, fps_trained=fps,
         guidance=cfg.guidance, grid_trained=cfg.train == "unet" or settings.grid_trained)
+    NoiseSchedule(model.settings)
+    check_sides(cfg, model)
     return model
+
+
+def check_sides(cfg: Config, model: Model):
+    """Raise UserError on sides that are no whole latent pixels, or that the UNet cannot halve."""
+    try:
+        check_size((cfg.width, cfg.height), cfg.frames if cfg.train == "unet" else 1, model)
+    except UserError as error:
+        raise UserError(str(error).replace("--size", "width and height")) from error
 
 
 def data_lists(cfg: Config, render=True) -> dict[str, str]:
@@ -73,7 +86,10 @@ class Progress:
 
 def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
     """Render and encode what is missing -> the lists; none where everything is encoded already."""
-    os.makedirs(cfg.out_dir, exist_ok=True)
+    try:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir {cfg.out_dir} cannot be made: {error.strerror}") from error
     ahead = cfg.encoded if cfg.train == "unet" else ""
     if ahead and os.path.exists(ahead):
         return {}
@@ -82,6 +98,8 @@ def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
         model.vae.to(device)
         model.text.to(device)
         encode(model, lists, ahead, sample_spec(cfg), text=not cfg.train_text)
+        model.vae.to("cpu")
+        model.text.to("cpu")
     return lists
 
 
@@ -90,7 +108,8 @@ def sample_spec(cfg: Config) -> Spec:
 
 
 def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> LiveClips | EncodedClips:
-    """The samples of a run. Raises UserError when those encoded ahead are of other options than the config's."""
+    """The samples of a run. Raises UserError when those encoded ahead are of other options than the config's, or of
+    another VAE than the model's."""
     if not cfg.encoded:
         model.vae.to(device, memory_format=torch.channels_last)
         return LiveClips(lists, sample_spec(cfg))
@@ -100,6 +119,9 @@ def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> Live
         if theirs != ours and name != "seed":  # runs may share a folder
             raise UserError(f"{cfg.encoded} was encoded with {name} = {theirs}, the config says {ours}: choose another "
                             "folder for `encoded`, or remove it")
+    if clips.vae != fingerprint(model.vae):
+        raise UserError(f"{cfg.encoded} was encoded by another VAE than the model's: choose another folder for "
+                        "`encoded`, or remove it")
     return clips
 
 
@@ -117,8 +139,8 @@ class Denoising(nn.Module):
         super().__init__()
         self.unet, self.text = model.unet, text
         self.unet.checkpointing = cfg.checkpointing
-        if not cfg.train_text:
-            model.text.requires_grad_(False)
+        for part in [model.text] if not cfg.train_text else model.text.unused():
+            part.requires_grad_(False)
         self.schedule, self.grid = NoiseSchedule(model.settings), grid_shape(cfg.frames)
 
     def forward(self, latents, prompt, fps, t, eps):
@@ -217,10 +239,11 @@ class VAETask:
 
     def __init__(self, model: Model, cfg: Config, lists: dict[str, str], rank: int, world: int):
         self.module, self.cfg, self.rank, self.world = Autoencoding(model, cfg), cfg, rank, world
-        pool = frame_pool(lists, cfg.frame_pool, (cfg.width, cfg.height), cfg.seed)
-        if len(pool) <= cfg.validation:
-            raise UserError(f"validation = {cfg.validation} leaves nothing to train on of {len(pool)} frames")
-        self.pool, self.held_out = pool[: len(pool) - cfg.validation], pool[len(pool) - cfg.validation :]
+        size = cfg.width, cfg.height
+        self.pool = frame_pool(lists, cfg.frame_pool, size, cfg.seed, slice(0, -cfg.validation or None))
+        if cfg.validation:
+            held_out = slice(-cfg.validation, None)
+            self.held_out = frame_pool(lists, cfg.validation * len(lists), size, cfg.seed, held_out)
         factor = model.vae.cfg.downsampling
         self.latent = model.vae.cfg.latent_channels, cfg.height // factor, cfg.width // factor
 
@@ -243,7 +266,8 @@ class VAETask:
     def latent_scale(self) -> float:
         """1 / the standard deviation of the latents, so that diffusion sees them at a deviation of 1."""
         vae = self.module.vae
-        means = [vae.encode(part.to(vae.quant_conv.weight) / 127.5 - 1)[0] for part in self.pool[:1024].split(64)]
+        some = self.pool[:: len(self.pool) // 1024 + 1]
+        means = [vae.encode(part.to(vae.quant_conv.weight) / 127.5 - 1)[0] for part in some.split(64)]
         return 1 / torch.cat(means).std().item()
 
 
@@ -251,6 +275,11 @@ def loss_of(cfg: Config, module, batch, device) -> torch.Tensor:
     """Loss of each sample (B,), in the precision of the run."""
     whole = torch.float64 if cfg.dtype == "float64" else torch.float32
     batch = [x.to(device, whole if x.is_floating_point() else x.dtype, non_blocking=True) for x in batch]
-    mixed = cfg.dtype in ("float16", "bfloat16")
-    with torch.autocast(device.type, getattr(torch, cfg.dtype)) if mixed else nullcontext():
+    with precision(cfg, device):
         return module(*batch)
+
+
+def precision(cfg: Config, device):
+    """Autocast, where the run has it (E.2)."""
+    mixed = cfg.dtype in ("float16", "bfloat16")
+    return torch.autocast(device.type, getattr(torch, cfg.dtype)) if mixed else nullcontext()

@@ -14,10 +14,12 @@ import math
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 
 import torch
@@ -30,7 +32,7 @@ from data import SOURCES
 from offload import OffloadAdamW
 from ranks import Interrupt, Ranks
 from sample import generate, to_uint8, write_png
-from task import UNetTask, VAETask, loss_of, make_model, make_ready, open_clips
+from task import UNetTask, VAETask, loss_of, make_model, make_ready, open_clips, precision
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of a run: step-00000500.pt holds all that a resume needs
@@ -49,7 +51,8 @@ def save_run(cfg: Config, step: int, module, optimizer: OffloadAdamW, scale: "Lo
     try:
         torch.save(state, path + ".part")
     except (OSError, RuntimeError) as error:  # of a full disk torch says RuntimeError
-        os.remove(path + ".part")
+        with suppress(FileNotFoundError):
+            os.remove(path + ".part")
         raise UserError(f"{path} cannot be written, is the disk full? Those before it are whole ({error})") from error
     os.replace(path + ".part", path)
     for old in run_checkpoints(cfg.out_dir)[: -cfg.keep]:
@@ -91,7 +94,7 @@ def load_run(cfg: Config, path: str, module, optimizer: OffloadAdamW, scale: "Lo
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"{path} is of another model or optimizer than the config's: choose another out_dir "
                         f"({str(error).splitlines()[0]})") from error
     if state["config"]["dtype"] == cfg.dtype:
@@ -133,12 +136,13 @@ MAX_BAD_STEPS = 10  # in a row
 def train(cfg: Config):
     with Ranks(cfg.timeout) as ranks:
         torch.manual_seed(cfg.seed)  # of fresh weights; everything later has generators of its own
-        model = make_model(cfg)
-        lists = ranks.from_rank_0("lists", lambda: make_ready(cfg, model, ranks.device))
-        if cfg.train == "vae":
-            task = VAETask(model, cfg, lists, ranks.rank, ranks.world)
-        else:
-            task = UNetTask(model, cfg, open_clips(cfg, model, lists, ranks.device), ranks.rank, ranks.world)
+        with ranks.patient():
+            model = make_model(cfg)
+            lists = ranks.from_rank_0("lists", lambda: make_ready(cfg, model, ranks.device))
+            if cfg.train == "vae":
+                task = VAETask(model, cfg, lists, ranks.rank, ranks.world)
+            else:
+                task = UNetTask(model, cfg, open_clips(cfg, model, lists, ranks.device), ranks.rank, ranks.world)
         run(cfg, ranks, model, task)
 
 
@@ -160,7 +164,7 @@ def run(cfg: Config, ranks: Ranks, model: Model, task):
         ranks.at(f"update of step {step + 1}")
         norm = optimizer.step(cfg.clip, scale.value)
         scale.update(math.isfinite(norm))
-        module.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=ranks.world == 1)  # under DDP they stay, as views of its buckets
 
         done = step + 1
         stopped = interrupt.anywhere(ranks) and done < cfg.max_steps
@@ -168,13 +172,16 @@ def run(cfg: Config, ranks: Ranks, model: Model, task):
         if scale.bad == MAX_BAD_STEPS:
             raise UserError(f"step {done}: {MAX_BAD_STEPS} gradients in a row are not finite; look at the data of "
                             "these steps, at lr, and whether dtype = bfloat16 trains")
+        # killed in between, a run does both again; asked to stop, it saves while it may
+        if (done % cfg.sheet_every == 0 or done == cfg.max_steps) and not stopped:
+            began = time.time()
+            show(cfg, ranks, model, task, optimizer, log, done)
+            log.time += time.time() - began  # no part of the steps' speed
         if done % cfg.save_every == 0 or done == cfg.max_steps or stopped:
             ranks.at(f"checkpoint of step {done}")
             save_run(cfg, done, module, optimizer, scale)
-        if done % cfg.sheet_every == 0 or done == cfg.max_steps:
-            ranks.at(f"samples of step {done}")
-            show(cfg, ranks, model, task, optimizer, log, done)
         if stopped:
+            ranks.sum(torch.zeros(1))  # torchrun kills the others soon after the first has left: wait for the save
             print(f"stopped by {interrupt.name or 'another rank'} after step {done}, saved; the same command goes on")
             sys.exit(NOT_FINISHED)
 
@@ -184,10 +191,11 @@ def make_trainable(cfg: Config, ranks: Ranks, task):
     module = task.module.to(ranks.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
     if ranks.device.type == "cpu":  # oneDNN's convolutions are faster so
         module.to(memory_format=torch.channels_last)
+    ddp = module
+    if ranks.world > 1:  # buckets that are the gradients, not a second copy of them
+        ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
     group = {"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
-    optimizer = OffloadAdamW([group], cfg.ema, ranks.rank, ranks.world)
-    # buckets that are the gradients, not a second copy of them
-    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True) if ranks.world > 1 else module
+    optimizer = OffloadAdamW([group], cfg.ema, ranks.rank, ranks.world, ranks.gloo)
     optimizer.attach(ddp)
     return module, ddp, optimizer
 
@@ -218,18 +226,19 @@ def show(cfg: Config, ranks: Ranks, model: Model, task, optimizer: OffloadAdamW,
     with optimizer.averaged():
         if ranks.rank == 0:
             if cfg.validation:
-                log.validation(step, validate(cfg, task, ranks.device))
+                log.validation(step, validate(cfg, ranks, task))
             current = snapshot(cfg, model, task)
             save(stamped(current, cfg, step), os.path.join(cfg.out_dir, "model.safetensors"))
-            sheet(cfg, current, task, step)
+            sheet(cfg, ranks, current, task, step)
 
 
 @torch.no_grad()
-def validate(cfg: Config, task, device) -> dict[str, float]:
+def validate(cfg: Config, ranks: Ranks, task) -> dict[str, float]:
     """Mean loss on what was held out, under its names."""
     losses = {}
     for name, batch in task.validation():
-        losses.setdefault(name, []).append(loss_of(cfg, task.module, batch, device))
+        ranks.at("validation")
+        losses.setdefault(name, []).append(loss_of(cfg, task.module, batch, ranks.device))
     return {name: torch.cat(parts).mean().item() for name, parts in losses.items()}
 
 
@@ -245,6 +254,8 @@ def snapshot(cfg: Config, model: Model, task) -> Model:
 def commit() -> str:
     """Of this code, "" outside a git checkout."""
     folder = os.path.dirname(os.path.abspath(__file__))
+    if not shutil.which("git"):
+        return ""
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=folder).stdout.strip()
 
 
@@ -259,15 +270,17 @@ def stamped(model: Model, cfg: Config, step: int) -> Model:
     return Model(model.unet, model.vae, model.text, replace(model.settings, origin=origin))
 
 
-def sheet(cfg: Config, model: Model, task, step: int):
+def sheet(cfg: Config, ranks: Ranks, model: Model, task, step: int):
     """What the model makes now, as a picture in the run's folder: a row of frames a prompt, or reconstructions."""
     if isinstance(task, VAETask):
         images = task.pool[:32].to(model.vae.quant_conv.weight) / 127.5 - 1
         with torch.no_grad():
             decoded = model.vae.decode(model.vae.encode(images)[0])
-        video = to_uint8(torch.cat([images, decoded])).numpy()
+        video = to_uint8(torch.cat([images, decoded])).cpu().numpy()
     elif cfg.prompts:
-        video = generate(model, list(cfg.prompts), seeds=list(range(len(cfg.prompts))))
+        with precision(cfg, ranks.device):
+            video = generate(model, list(cfg.prompts), seeds=list(range(len(cfg.prompts))),
+                             progress=lambda *_: ranks.at(f"samples of step {step}"))
         video = video.reshape(-1, *video.shape[2:])
     else:
         return

@@ -32,7 +32,7 @@ betas = (0.9, 0.9)
 weight_decay = 0.03
 dtype = "float16"
 checkpointing = True
-timeout = 1800  # a sample takes long
+timeout = 1800  # a forward pass takes long
 sheet_every = 250
 save_every = 250
 

@@ -1,8 +1,12 @@
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of these tests, and of what they start: the same on every machine
 
 import pytest
 import torch
@@ -129,22 +133,35 @@ def start():
 def kill_all(process):
     """torchrun and its workers, which are in other process groups."""
     mine = next(argument for argument in process.args if argument.startswith("--out_dir="))
-    subprocess.run(["pkill", "-KILL", "-f", "--", mine])
+    for pid in running(mine):
+        os.kill(pid, signal.SIGKILL)
     process.wait(60)
+
+
+def running(argument: str, rank: int | None = None) -> list[int]:
+    """Process ids of a run with an argument, or of one of its ranks."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline") as command, open(f"/proc/{pid}/environ") as environment:
+                mine = argument in command.read().split("\0")
+                if mine and (rank is None or f"\0RANK={rank}\0" in environment.read()):
+                    found.append(int(pid))
+        except OSError:
+            continue  # it has ended meanwhile, or is somebody else's
+    return found
 
 
 def worker(folder, rank: int) -> int:
     """Process id of a rank of the run in a folder."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline") as command, open(f"/proc/{pid}/environ") as environment:
-                if f"out_dir={folder}/run" in command.read() and f"\0RANK={rank}\0" in environment.read():
-                    return int(pid)
-        except OSError:
-            continue  # it has ended meanwhile, or is somebody else's
-    raise LookupError(f"no rank {rank} runs in {folder}")
+    (pid,) = running(f"--out_dir={folder}/run", rank)
+    return pid
 
 
-def wait_for(log, text, process):
-    while text not in log.read_text() and process.poll() is None:
+def wait_for(log, step: int, process, start=0):
+    """Until a step or a later one stands in a log behind a place, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not any(
+            int(n) >= step for n in re.findall(r"step (\d+)/", log.read_text()[start:])):
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)

@@ -67,7 +67,7 @@ def test_dry_run_says_what_a_run_needs(run, world, finished):
     model = task.make_model(config.read_config(f"{ROOT}/configs/ci.py", []))
     trained = sum(p.numel() for network in (model.unet, model.text) for p in network.parameters())
     assert lines["parameters"] == f"{trained:,} trained"
-    assert lines["data, video"] == "8 items, 4 steps an epoch"
+    assert lines["data, video"] == "8 items, 4 steps an epoch of one process"
     assert re.fullmatch(r"\d+\.\d\d s on one cpu, without reading data: 0.0 h for 20 steps", lines["time of a step"])
     assert not os.path.exists("/nowhere")
 
@@ -77,4 +77,6 @@ def test_dry_run_needs_neither_data_nor_weights(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "sd21, as runs/base/model.safetensors is not on this machine" in done.stdout
     assert f"{tmp_path}/clips.csv is not there yet" in done.stdout
-    assert "not measured: it needs" in done.stdout
+    assert "not measured: it would take minutes on this CPU" in done.stdout
+    done = run("train.py", "configs/ci.py", "--dry_run", "--width=36")
+    assert done.returncode == 2 and "the width 36 is not divisible by 8" in done.stderr

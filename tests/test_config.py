@@ -47,8 +47,11 @@ def test_bad_configs_are_refused(tmp_path, text):
 @pytest.mark.parametrize("override, says", [
     ("--frames=7", "use 6 or 8"), ("--dtype=half", "dtype is one of"),
     ("--train=unett", "train is one of"), ("--model=big", "model is one of"),
-    ("--batch_size=0", "batch_size is at least 1, not 0"), ("--keep=-1", "keep is at least 1"),
+    ("--batch_size=0", "batch_size is more than 0, not 0"), ("--keep=-1", "keep is more than 0"),
     ("--batch_size", "batch_size is of type int, not bool"), ("--max_step=3", "did you mean 'max_steps'"),
+    ("--mix={'videos': 1}", "mix gives each of"), ("--mix={'video': 1.5}", "a whole number"),
+    ("--mix={'video': 0}", "not all 0"), ("--mix={[1]: 2}", "mix is of type dict, not str"),
+    ("--fps_values=('a',)", "fps_values are numbers in 1..60"), ("--fps_values=(0, 8)", "in 1..60"),
     ("max_steps=3", "--name=value"), ("--max_steps=many", "of type int")])
 def test_bad_overrides_are_refused(override, says):
     with pytest.raises(UserError, match=re.escape(says)):

@@ -80,7 +80,7 @@ def write_clips(folder, rng, count=48, noise=0.0):
 
 
 def fvd(run, i3d, *arguments):
-    done = run("eval.py", "fvd", *arguments, "--i3d", i3d, "--size", "64x64", "--seeds", 2)
+    done = run("eval.py", "fvd", *arguments, "--i3d", i3d, "--seeds", 2)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[1]), done
 
@@ -91,7 +91,7 @@ def test_fvd_grows_with_the_distortion(run, i3d, tmp_path):
     for name, noise in (("real", 0), ("other", 0), ("noisy", 20), ("noisier", 60)):
         (tmp_path / name).mkdir()
         write_clips(tmp_path / name, rng, noise=noise)
-    cache = ["--cache", tmp_path / "cache"]
+    cache = ["--cache", tmp_path / "cache", "--size", "64x64"]
     far = [fvd(run, i3d, tmp_path / "real", tmp_path / name, *cache)[0] for name in ("other", "noisy", "noisier")]
     assert 10 * far[0] < far[1] < far[2]
     assert fvd(run, i3d, tmp_path / "real", tmp_path / "real", *cache)[0] == pytest.approx(0, abs=1e-6)
@@ -103,11 +103,14 @@ def test_fvd_grows_with_the_distortion(run, i3d, tmp_path):
 
 
 def test_fvd_of_encoded_clips_and_of_what_cannot_be_used(run, i3d, finished, micro, tmp_path):
-    cache = ["--cache", tmp_path / "cache", "--frames", 4]
-    _, done = fvd(run, i3d, finished[0] / "encoded", finished[0] / "encoded", "--ckpt", micro, *cache)
+    cache = ["--cache", tmp_path / "cache", "--frames", 4, "--size", "32x32"]
+    both, ckpt = [finished[0] / "encoded", finished[0] / "encoded"], ["--ckpt", micro]
+    _, done = fvd(run, i3d, *both, *ckpt, *cache, "--fps", 8)
     assert "8 real and 8 generated" in done.stdout and "says next to nothing" in done.stderr
-    done = run("eval.py", "fvd", finished[0] / "encoded", tmp_path, "--i3d", i3d, *cache)
-    assert done.returncode == 2 and "--ckpt" in done.stderr
+    for options, says in (([*ckpt], "at 4, 8 FPS: ask for that"), (["--fps", 8], "say with --ckpt"),
+                          ([*ckpt, "--fps", 8, "--frames", 16], "holds 4 frames of 32x32")):
+        done = run("eval.py", "fvd", *both, "--i3d", i3d, *cache, *options)
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
     (tmp_path / "clips").mkdir()
     write_clips(tmp_path / "clips", np.random.default_rng(0), count=3)
     (tmp_path / "clips" / "001.mp4").write_bytes(b"no video")

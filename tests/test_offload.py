@@ -1,5 +1,6 @@
 """offload.py: against torch.optim.AdamW, and the same to the bit however many ranks share the state."""
 
+import copy
 import math
 
 import pytest
@@ -74,7 +75,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     optimizer = OffloadAdamW(groups(params), ema=0.9)
     gradients(params, 0)
     optimizer.step()
-    before = [p.detach().clone() for p in params], optimizer.state_dict()
+    before = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
     gradients(params, 1)
     params[1].grad[3] = bad
     assert not math.isfinite(optimizer.step())

@@ -16,6 +16,7 @@ import toy
 import train
 from checkpoint import UserError, load
 from grid import fold, unfold
+from ranks import Ranks
 from sample import SHIPPED, NoiseSchedule, denoise
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,10 +179,11 @@ def test_validation_loss_is_that_of_fixed_noise(finished):
     made, other = (make_task(finished[0], batch_size=n, validation=2, seed=n) for n in (4, 3))
     torch.nn.init.normal_(made.module.unet.out[2].weight, std=0.1)
     other.module.load_state_dict(made.module.state_dict())
-    first = train.validate(made.cfg, made, torch.device("cpu"))
+    alone = Ranks(timeout=1)
+    first = train.validate(made.cfg, alone, made)
     assert list(first) == [f"val_loss_{t}" for t in (100, 300, 500, 700, 900)] and len(set(first.values())) == 5
-    assert first == train.validate(made.cfg, made, torch.device("cpu"))
-    for name, loss in train.validate(other.cfg, other, torch.device("cpu")).items():
+    assert first == train.validate(made.cfg, alone, made)
+    for name, loss in train.validate(other.cfg, alone, other).items():
         assert loss == pytest.approx(first[name], rel=1e-5)
 
 
@@ -189,3 +191,39 @@ def test_validation_loss_is_that_of_fixed_noise(finished):
 def test_validation_that_leaves_nothing_is_refused(finished, n, source):
     with pytest.raises(UserError, match=f"validation = {n} leaves nothing to train on of 8 {source} samples"):
         make_task(finished[0], batch_size=4, validation=n)
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--width=100"], "the width 100 is not divisible by 8"), (["--width=40", "--frames=6"], "divisible by 2"),
+    (["--prediction=x"], "prediction"), (["--prediction=epsilon"], "zero_snr needs prediction"),
+    (["--init=INIT", "--fps_embedding=False"], "are switched off for models that start from nothing")])
+def test_what_cannot_be_trained_is_refused_before_anything_is_encoded(micro, options, says):
+    cfg = config.read_config(f"{ROOT}/configs/ci.py", [option.replace("INIT", micro) for option in options])
+    with pytest.raises(UserError, match=says):
+        task.make_model(cfg)
+
+
+def test_latents_of_another_vae_are_refused(finished):
+    cfg = config.read_config(f"{ROOT}/configs/ci.py", [f"--encoded={finished[0]}/encoded"])
+    torch.manual_seed(1)
+    with pytest.raises(UserError, match="was encoded by another VAE than the model's"):
+        task.open_clips(cfg, task.make_model(cfg), {}, torch.device("cpu"))
+
+
+def test_a_tower_that_trains_has_a_gradient_in_every_weight():
+    """Stable Diffusion 2 does not use its last layer and projection: they are left alone."""
+    cfg = config.read_config(f"{ROOT}/configs/ci.py", [])
+    preset = config.PRESETS["micro"]
+    text = dataclasses.replace(preset.text, layers=3, skip_last=1, projection=16)
+    model = task.build(dataclasses.replace(preset, text=text), task.Settings(prediction="v"))
+    denoising = task.Denoising(model, cfg, model.text)
+    torch.nn.init.normal_(model.unet.out[2].weight)
+    for p in model.unet.parameters():  # zeros at the end of a branch keep gradients from it
+        torch.nn.init.normal_(p, std=0.1)
+    tokens = model.text.tokenize(["a red circle"] * 2)[0]
+    loss = denoising(torch.randn(2, 4, 4, 4, 4), tokens, torch.full((2,), 8.0), torch.tensor([500, 900]),
+                     torch.randn(2, 4, 8, 8))
+    loss.mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in denoising.parameters())
+    frozen = {name.split(".")[1] for name, p in model.text.named_parameters() if not p.requires_grad}
+    assert frozen == {"transformer", "text_projection"}

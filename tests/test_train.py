@@ -109,8 +109,9 @@ def test_a_killed_run_ends_with_the_same_weights(start, world, finished, by_two,
         assert launch([*options, f"--out_dir={reference}/run"], ranks).returncode == 0
     rng, log, statuses = np.random.default_rng(ranks), tmp_path / "log", []
     for at in moments:
+        begun = len(log.read_text()) if log.exists() else 0
         process = start(options, ranks, log)
-        wait_for(log, f"step {at}/{steps}", process)
+        wait_for(log, at, process, begun)
         time.sleep(rng.uniform(0, 0.1))
         if name == "SIGKILL":
             kill_all(process)
@@ -153,7 +154,7 @@ def test_a_rank_that_dies_comes_back(start, world, finished, by_two, tmp_path):
     log = tmp_path / "log"
     options = [*ci_options(world, tmp_path), "--save_every=1", "--prompts=()", "--batch_size=2", "--keep=9"]
     process = start(options, 2, log, "--max-restarts=1")
-    wait_for(log, "step 9/20", process)
+    wait_for(log, 9, process)
     os.kill(worker(tmp_path, rank=1), signal.SIGKILL)
     assert process.wait(120) == 0, log.read_text()
     assert log.read_text().count("resume from") == 2
@@ -247,7 +248,8 @@ def test_ten_in_a_row_end_the_run(finished, world, tmp_path):
 def test_resuming_needs_no_more_memory_than_starting(world, finished, tmp_path):
     """Of the process alone: pages of the mapped checkpoint belong to the system, which takes them when it wants."""
     shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
-    options = [*ci_options(world, tmp_path), "--model=tiny", "--prompts=()", "--max_steps=4", "--save_every=2"]
+    options = [*ci_options(world, tmp_path), "--model=tiny", f"--vae={finished[0]}/run/model.safetensors",
+               "--prompts=()", "--max_steps=4", "--save_every=2"]
     peaks = []
     for _ in range(2):
         process = subprocess.Popen(command(options, 1), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
@@ -259,7 +261,7 @@ def test_resuming_needs_no_more_memory_than_starting(world, finished, tmp_path):
         assert process.returncode == 0 and ("resume from" in process.stdout.read()) == (len(peaks) == 2)
         (tmp_path / "run" / "step-00000004.pt").unlink()
     started, resumed = peaks
-    assert 0.3 < resumed <= 1.02 * started, peaks
+    assert 0.3 < resumed <= 1.1 * started, peaks
 
 
 def test_two_ranks_prepare_what_one_prepares(finished, world, tmp_path):
@@ -283,7 +285,8 @@ def test_a_checkpoint_of_another_model_is_refused(finished, world, tmp_path, wro
     del state["optimizer"]["average"]  # as a run without a moving average leaves it
     if wrong == "average":
         torch.save(state, tmp_path / "run" / "step-00000020.pt")
-    done = launch([*ci_options(world, tmp_path), *(["--model=tiny"] if wrong == "model" else [])])
+    tiny = ["--model=tiny", f"--vae={finished[0]}/run/model.safetensors"]
+    done = launch([*ci_options(world, tmp_path), *(tiny if wrong == "model" else [])])
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "step-00000020.pt is of another model or optimizer than the config's" in done.stderr
 
