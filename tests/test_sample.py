@@ -218,7 +218,7 @@ def test_attention_map_is_written(run, micro, tmp_path):
     options = ["a red circle", "--ckpt", micro, "--steps", 9, "--out", tmp_path / "v.gif"]
     done = run("sample.py", *options, "--attention_map", tmp_path / "map.png")
     assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / "v.gif"), str(tmp_path / "map.png")]
-    assert Image.open(tmp_path / "map.png").height == 12 + 7 * (4 * 6 + 12)
+    assert Image.open(tmp_path / "map.png").height == 12 + 7 * (96 + 12)
     options[-1] = tmp_path / "w.gif"
     for more, says in ((["--num", 2], "one video, not of 2"), (["--frames", 1], "not of 1 with 1"), ([], "is there")):
         done = run("sample.py", *options, "--attention_map", tmp_path / "map.png", *more)

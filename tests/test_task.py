@@ -44,12 +44,13 @@ def test_a_narrow_base_takes_a_step(world, tmp_path, monkeypatch):
     monkeypatch.setitem(config.PRESETS, "sd21", narrow)
     overrides = ["--init=", f"--toy={world}", "--video=", "--label=", "--caption=", f"--encoded={tmp_path}/encoded",
                  f"--out_dir={tmp_path}/run", "--width=32", "--height=32", "--fps_values=(4, 8)", "--batch_size=4",
-                 "--max_steps=1", "--dtype=bfloat16", "--prompts=()", "--draws=1"]
+                 "--max_steps=1", "--dtype=bfloat16", "--prompts=()", "--draws=1", "--validation=2"]
     cfg = config.read_config(f"{ROOT}/configs/base.py", overrides)
     assert cfg.frames == 16 and cfg.checkpointing and cfg.mix == {"video": 2, "label": 1, "caption": 1}
     train.train(cfg)
-    line = json.loads(Path(tmp_path, "run", "metrics.jsonl").read_text())
+    line, validation = map(json.loads, Path(tmp_path, "run", "metrics.jsonl").read_text().splitlines())
     assert line["step"] == 1 and 0.5 < line["loss"] < 2 and line["grad_norm"] > 0
+    assert 0.5 < validation["val_loss_500"] < 2
     model = load(str(tmp_path / "run" / "model.safetensors"))
     assert model.settings.prediction == "epsilon" and model.settings.fps_trained == (0, 4, 8, 120)
 

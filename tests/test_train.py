@@ -311,7 +311,7 @@ def test_three_hundred_losses_of_two_ranks_are_the_committed_ones(world, finishe
     assert done.returncode == 0, done.stderr
     found, golden = np.array(metrics(tmp_path, "loss")), np.array(json.loads(GOLDEN.read_text()))
     assert found.shape == golden.shape == (300,)
-    np.testing.assert_allclose(found, golden, rtol=1e-3)
+    np.testing.assert_allclose(found, golden, rtol=1e-4)  # the same to the bit here, 3e-6 without AVX-512
 
 
 def test_vae_trains(world, tmp_path):
