@@ -193,7 +193,7 @@ def make_trainable(cfg: Config, ranks: Ranks, task):
         module.to(memory_format=torch.channels_last)
     ddp = module
     if ranks.world > 1:  # buckets that are the gradients, not a second copy of them
-        ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
     group = {"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     optimizer = OffloadAdamW([group], cfg.ema, ranks.rank, ranks.world, ranks.gloo)
     optimizer.attach(ddp)

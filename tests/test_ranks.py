@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, ci_options, running, wait_for, worker
+from conftest import ONE_THREAD, ROOT, assert_equal_states, ci_options, running, wait_for, weights, worker
 
 
 @pytest.mark.parametrize("name, says", [
@@ -71,3 +71,27 @@ def test_alone_there_is_nobody_to_watch(monkeypatch):
     with Ranks(timeout=1) as ranks:
         ranks.at("data")
         assert (ranks.rank, ranks.world, ranks.from_rank_0("x", lambda: 5)) == (0, 1, 5)
+
+
+@pytest.mark.slow
+def test_two_machines_start_again_together(world, finished, by_two, tmp_path):
+    """Two torchruns, as on two machines. A rank is killed: only its own counts a failure, and yet both go on."""
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    log = tmp_path / "log"
+    arguments = [*ci_options(world, tmp_path), "--prompts=()", "--batch_size=2", "--save_every=1", "--keep=9"]
+    machines = [start_machine(arguments, log) for _ in range(2)]
+    wait_for(log, 9, machines[0])
+    os.kill(worker(tmp_path, rank=1), signal.SIGKILL)
+    assert [machine.wait(120) for machine in machines] == [0, 0], log.read_text()
+    assert log.read_text().count("resume from") == 2
+    a, b = weights(by_two), weights(tmp_path)
+    a.pop("config"), b.pop("config")
+    assert_equal_states(a, b)
+
+
+def start_machine(arguments, log):
+    options = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=2", "--rdzv_backend=c10d", "--rdzv_id=two",
+               "--rdzv_endpoint=localhost:29517"]
+    with open(log, "a") as out:
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *options, "train.py", "configs/ci.py",
+                                 *arguments], cwd=ROOT, stdout=out, stderr=out, env=ONE_THREAD)
