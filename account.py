@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import weakref
-from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,12 +16,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import Settings, UserError, build, load
-from config import PRESETS, Config
+from config import Config
 from data import EncodedClips, Items, encode_frames
 from grid import grid_shape
 from model import ModelConfig
 from offload import OffloadAdamW
-from task import Autoencoding, Denoising, check_sides, data_lists, loss_of
+from task import Autoencoding, Denoising, architecture, check_sides, data_lists, loss_of
 
 
 class Account(TorchDispatchMode):
@@ -56,19 +55,17 @@ class Account(TorchDispatchMode):
         return self.peak - before
 
 
-def architecture(cfg: Config) -> ModelConfig:
-    """Of the run's model: read off `init` when it lies here, else the preset."""
-    if os.path.exists(cfg.init):
-        model = load(cfg.init)
-        return ModelConfig(model.unet.cfg, model.vae.cfg, model.text.cfg)
-    preset = PRESETS[cfg.model]
-    unet = replace(preset.unet, mixed_embedding=cfg.mixed_embedding, fps_embedding=cfg.fps_embedding)
-    return replace(preset, unet=unet)
+def shape_of(cfg: Config) -> ModelConfig:
+    """Of the run's model: read off `init` when that lies here."""
+    if not os.path.exists(cfg.init):
+        return architecture(cfg)
+    model = load(cfg.init)
+    return ModelConfig(model.unet.cfg, model.vae.cfg, model.text.cfg)
 
 
-def setting(cfg: Config, architecture: ModelConfig):
+def setting(cfg: Config, shape: ModelConfig):
     """The run's module, a batch of zeros for it, and its VAE where frames are encoded live; weights are random."""
-    model = build(architecture, Settings(prediction="v"))
+    model = build(shape, Settings(prediction="v"))
     check_sides(cfg, model)
     size, factor = cfg.batch_size, model.vae.cfg.downsampling
     w, h, channels = cfg.width // factor, cfg.height // factor, model.vae.cfg.latent_channels
@@ -86,7 +83,7 @@ def setting(cfg: Config, architecture: ModelConfig):
 
 def memory(cfg: Config, device="cpu") -> dict[str, int]:
     """Bytes on the device by kind, number of parameters, and FLOP of a step, without allocating any of it."""
-    shape = architecture(cfg)
+    shape = shape_of(cfg)  # read before: what is made inside has no contents
     with FakeTensorMode(), torch.device(device), Account() as account:
         module, batch, vae = setting(cfg, shape)
         everything = [*module.parameters(), *(vae.parameters() if vae else ())]
@@ -112,7 +109,7 @@ def size_of(tensors) -> int:
 def seconds_a_step(cfg: Config, device) -> float:
     """Of a real step on one process, with random weights: the fastest of up to four within a minute."""
     with device:
-        module, batch, _ = setting(cfg, architecture(cfg))
+        module, batch, _ = setting(cfg, shape_of(cfg))
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
     optimizer = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas}], cfg.ema)
@@ -131,7 +128,7 @@ def seconds_a_step(cfg: Config, device) -> float:
     return min(seconds)
 
 
-SLOW = 2e13  # FLOP
+SLOW = 2e13  # FLOP: a minute or so of a CPU
 
 
 def free_memory(device) -> int:
@@ -144,21 +141,28 @@ def free_memory(device) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
-def epoch(cfg: Config, world: int):
-    """Lines on how many steps each source lasts."""
+def epochs(cfg: Config, world: int):
+    """(source, how many steps its items last)."""
     if cfg.encoded and os.path.exists(cfg.encoded):
         clips = EncodedClips(cfg.encoded)
-        counts = {source: clips.count(source) for source in cfg.mix if cfg.mix[source]}
-    else:
-        counts = {source: len(Items(source, path)) if os.path.exists(path) else f"{path} is not there yet"
-                  for source, path in data_lists(cfg, render=False).items()}
-    for source, count in counts.items():
-        if isinstance(count, str):
-            yield source, count
-        else:
-            share = cfg.mix[source] / sum(cfg.mix.values()) * cfg.batch_size * cfg.accumulate * world
-            left = count - cfg.validation
-            yield source, f"{left:,} items, {left / share:,.0f} steps an epoch"
+        for source in cfg.mix:
+            yield source, epoch(cfg, world, source, clips.count(source))
+        return
+    for source, path in data_lists(cfg, render=False).items():
+        there = os.path.exists(path)
+        yield source, epoch(cfg, world, source, len(Items(source, path))) if there else f"{path} is not there yet"
+
+
+def epoch(cfg: Config, world: int, source: str, items: int) -> str:
+    if not cfg.mix[source]:
+        return f"{items:,} items, none of them in the mix"
+    a_step = cfg.mix[source] / sum(cfg.mix.values()) * cfg.batch_size * cfg.accumulate * world
+    left = items - cfg.validation
+    return f"{left:,} items, {left / a_step:,.0f} steps an epoch of {processes(world)}"
+
+
+def processes(world: int) -> str:
+    return f"{world} processes" if world > 1 else "one process"
 
 
 def dry_run(cfg: Config):
@@ -178,8 +182,6 @@ def dry_run(cfg: Config):
     host = need["weights"] * sum(state.values())
     saving = need["weights"] * (2 + average) if world > 1 else 0  # of the other ranks, too
 
-    plural = f"{world} processes" if world > 1 else "one process"
-
     def line(name, text):
         print(f"{name:<22}{text}")
 
@@ -189,13 +191,14 @@ def dry_run(cfg: Config):
     line("memory of the device", f"{together / 1e9:.2f} GB at the peak of a step")
     for kind in kinds:
         line("  " + kind, f"{need[kind] / 1e9:.2f} GB")
-    line("memory of the host", f"{host / 1e9:.2f} GB for {', '.join(n for n, k in state.items() if k)}, in {plural}")
+    kept = ", ".join(name for name, copies in state.items() if copies)
+    line("memory of the host", f"{host / 1e9:.2f} GB for {kept}, in {processes(world)}")
     if saving:
         line("  while saving", f"{saving / 1e9:.2f} GB more on rank 0")
     line("computation", f"{need['flop'] / 1e12:,.2f} TFLOP a step and rank")
     if cfg.train == "unet":
-        for source, text in epoch(cfg, world):
-            line(f"data, {source}", text + f" of {plural}" * text.endswith("epoch"))
+        for source, text in epochs(cfg, world):
+            line(f"data, {source}", text)
     free, wanted = free_memory(device), together + (0 if gpu else host)
     if not gpu and need["flop"] > SLOW:
         line("time of a step", "not measured: it would take minutes on this CPU")

@@ -7,6 +7,7 @@
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 import toy
 from checkpoint import Parser, UserError, command_line, first_line, load, parse_size
-from data import EncodedClips, Items, Spec, encode_frames
+from data import EncodedClips, Items, encode_frames
 from grid import fold, grid_shape, unfold
 from media import Bad, View, fit_frame, frames_at, opened
 from metrics import Gaussian, frechet_distance, psnr, ssim_map, wilson
@@ -43,14 +44,18 @@ def sample_all(model, jobs, batch_size=8, **options):
     bar.close()
 
 
+def scenes(split: str) -> list[tuple[str, str, str, str]]:
+    """Every triple of a split on every background: (color, shape, direction, background)."""
+    return [(*triple, background) for triple in toy.triples(split) for background in toy.BACKGROUNDS]
+
+
 def grade_prompts(model, split: str, seeds: int, **options):
     """Every triple of a split on every background, `seeds` times each.
 
     Returns (names of what was graded -> how often right, number of videos, wrong cuts, failures, tracks), a failure
     being (prompt, seed, what the grader read, video).
     """
-    jobs = [(toy.caption(*triple, background), seed)
-            for triple in toy.triples(split) for background in toy.BACKGROUNDS for seed in range(seeds)]
+    jobs = [(toy.caption(*scene), seed) for scene in scenes(split) for seed in range(seeds)]
     right, cuts, failures, tracks = Counter(), 0, [], []
     for (prompt, seed), video in zip(jobs, sample_all(model, jobs, **options)):
         seen, wanted = toy.grade(video), toy.expected(prompt)
@@ -75,7 +80,8 @@ def track(seen: toy.Grade) -> torch.Tensor:
 def trajectory_distances(tracks: torch.Tensor, split: str, seeds: int, fps: float) -> dict[str, float]:
     """The toy stand-in for FVD: distance of tracks to those of as many true renders, and of two sets of these."""
     frames = (tracks.shape[1] + 2) // 8
-    sets = [torch.stack([track(toy.grade(true_render(split, n, seeds, rng, frames, fps))) for n in range(len(tracks))])
+    wanted = [scene for scene in scenes(split) for _ in range(seeds)]
+    sets = [torch.stack([track(toy.grade(true_render(scene, rng, frames, fps))) for scene in wanted])
             for rng in (np.random.default_rng(0), np.random.default_rng(1))]
     gaussians = [Gaussian(tracks.shape[1]) for _ in range(3)]
     for gaussian, features in zip(gaussians, [tracks, *sets]):
@@ -83,12 +89,11 @@ def trajectory_distances(tracks: torch.Tensor, split: str, seeds: int, fps: floa
     return {"model": frechet_distance(*gaussians[:2]), "true": frechet_distance(*gaussians[1:])}
 
 
-def true_render(split: str, n: int, seeds: int, rng, frames: int, fps: float):
-    """What the n-th video of grade_prompts should be like: uint8 (T, 64, 64, 3), anywhere along its path."""
-    triples, backgrounds = toy.triples(split), list(toy.BACKGROUNDS)
-    color, shape, direction = triples[n // seeds // len(backgrounds)]
+def true_render(scene, rng, frames: int, fps: float):
+    """What a video of a scene should be like: uint8 (T, 64, 64, 3), from anywhere along its path."""
+    color, shape, direction, background = scene
     times = rng.uniform(0, toy.SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
-    return toy.draw(color, shape, backgrounds[n // seeds % len(backgrounds)], toy.trajectory(direction, times, rng))
+    return toy.draw(color, shape, background, toy.trajectory(direction, times, rng))
 
 
 def grade_fps(model, split: str, fps_values, **options):
@@ -141,7 +146,7 @@ def command_toy(args):
 
 
 def show_failures(path: str, failures):
-    """A picture with one row a failed video, and beside the file a text with what was asked and read."""
+    """A picture with one row a failed video; what was asked and read is printed."""
     rows = [contact_sheet_row(video) for *_, video in failures[:24]]
     Image.fromarray(np.concatenate(rows)).save(path)
     print(f"  failures, row by row ({path}):")
@@ -343,39 +348,34 @@ def vae_scores(model, clips) -> dict[str, dict[str, float]]:
     return {how: dict(zip(names, np.mean(rows, axis=0).tolist())) for how, rows in scores.items()}
 
 
-def toy_clips(frames: int, count: int):
-    """True renders, uint8 (T, 3, 64, 64) each."""
+def toy_clips(frames: int):
+    """True renders without end, uint8 (T, 3, 64, 64) each."""
     rng = np.random.default_rng(0)
-    for n in range(count):
-        clip = true_render("test", n % 48, 1, rng, frames, 4 if frames <= 16 else frames / toy.SECONDS)
+    for scene in itertools.cycle(scenes("test")):
+        clip = true_render(scene, rng, frames, 4 if frames <= 16 else frames / toy.SECONDS)
         yield torch.from_numpy(clip).permute(0, 3, 1, 2)
 
 
-def listed_clips(path: str, spec: Spec, count: int):
-    """The first usable clips of a list."""
-    videos = VideoSet(path, spec.frames, (spec.width, spec.height), None, None)
+def listed_clips(path: str, frames: int, size: tuple[int, int]):
+    """The usable clips of a list."""
+    videos = VideoSet(path, frames, size, None, None)
     for i in range(len(videos)):
-        if count == 0:
-            return
         try:
             yield torch.from_numpy(videos.clip(i, 0)).permute(0, 3, 1, 2)
-            count -= 1
         except Bad as error:
             print(f"skipped {videos.name(i)}: {error}", file=sys.stderr)
 
 
 def command_vae(args):
     model = load(args.ckpt, args.device)
-    width, height = parse_size(args.size) if args.size else (model.settings.width, model.settings.height)
+    size = parse_size(args.size) if args.size else (model.settings.width, model.settings.height)
     frames = args.frames or model.settings.frames
     try:
         grid_shape(frames)
     except ValueError as error:
         raise UserError(f"--frames: {error}") from error
-    clips = toy_clips(frames, args.clips)
-    if args.video:
-        clips = listed_clips(args.video, Spec(frames, width, height), args.clips)
-    clips = list(clips)
+    clips = listed_clips(args.video, frames, size) if args.video else toy_clips(frames)
+    clips = list(itertools.islice(clips, args.clips))
     if not clips:
         raise UserError("there is no clip to encode")
     scores = vae_scores(model, clips)

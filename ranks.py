@@ -44,7 +44,7 @@ class Ranks:
             dist.init_process_group("nccl" if gpu else "gloo", store=dist.PrefixStore(f"group {attempt}", client),
                                     rank=self.rank, world_size=self.world, timeout=limit)
             self.gloo = dist.new_group(backend="gloo", timeout=limit)  # for what lies on the CPU
-            client.add("formed", attempt - client.add("formed", 0) if self.rank == 0 else 0)
+            client.set("formed", str(attempt))
             # a client of its own: the process group blocks the one that it waits with
             own = dist.PrefixStore(f"watchdog {attempt}", store_client())
             self.watchdog = Watchdog(own, self.rank, self.world, timeout)
@@ -104,7 +104,7 @@ def next_attempt(client: dist.Store, rank: int) -> int:
     stale = max(client.add("formed", 0), client.add(f"joined by {rank}", 0))
     while (attempt := client.add("attempt", 0)) <= stale:
         time.sleep(POLL)
-    client.add(f"joined by {rank}", attempt - client.add(f"joined by {rank}", 0))
+    client.set(f"joined by {rank}", str(attempt))
     return attempt
 
 

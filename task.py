@@ -14,6 +14,7 @@ from checkpoint import Model, Settings, UserError, build, load
 from config import PRESETS, Config
 from data import SOURCES, Batch, EncodedClips, Faults, LiveClips, Spec, Stream, batches, fingerprint, generator
 from grid import fold, grid_shape
+from model import ModelConfig
 from prepare import encode, frame_pool
 from sample import NoiseSchedule, check_size
 
@@ -30,10 +31,8 @@ def make_model(cfg: Config) -> Model:
         model = load(cfg.init, prediction=cfg.prediction or None)
         settings = model.settings
     else:
-        preset = PRESETS[cfg.model]
-        unet = replace(preset.unet, mixed_embedding=cfg.mixed_embedding, fps_embedding=cfg.fps_embedding)
         settings = Settings(prediction=cfg.prediction or "epsilon", zero_snr=cfg.zero_snr, spacing=cfg.spacing)
-        model = build(replace(preset, unet=unet), settings)
+        model = build(architecture(cfg), settings)
     if cfg.vae:
         donor = load(cfg.vae)
         origin = {"vae": donor.settings.origin.get("vae", {"file": cfg.vae})}
@@ -47,6 +46,13 @@ def make_model(cfg: Config) -> Model:
     NoiseSchedule(model.settings)
     check_sides(cfg, model)
     return model
+
+
+def architecture(cfg: Config) -> ModelConfig:
+    """Of a model that starts from nothing."""
+    preset = PRESETS[cfg.model]
+    unet = replace(preset.unet, mixed_embedding=cfg.mixed_embedding, fps_embedding=cfg.fps_embedding)
+    return replace(preset, unet=unet)
 
 
 def check_sides(cfg: Config, model: Model):

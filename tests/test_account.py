@@ -32,7 +32,7 @@ def allocated(work) -> int:
 def test_memory_is_what_a_real_step_allocates(options):
     cfg = config.read_config(f"{ROOT}/configs/tiny.py", ["--vae=", "--batch_size=4"])
     cfg = dataclasses.replace(cfg, **options)
-    module, batch, _ = account.setting(cfg, account.architecture(cfg))
+    module, batch, _ = account.setting(cfg, account.shape_of(cfg))
     trained = [p for p in module.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p)

@@ -157,7 +157,7 @@ def test_clip_score_is_open_clips(run, tmp_path):
 def test_vae_scores_are_scikit_images(run):
     """Inside and border by hand, from the reconstructions."""
     model = load(evaluate.SHIPPED)
-    frames = next(iter(evaluate.toy_clips(4, 1)))
+    frames = next(iter(evaluate.toy_clips(4)))
     scores = evaluate.vae_scores(model, [frames])
     true = frames.numpy() / 255
     for how, back in zip(scores, evaluate.reconstructions(model, frames)):
