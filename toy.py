@@ -68,6 +68,11 @@ def triples(split):
     return chosen
 
 
+def scenes(split):
+    """Every triple of a split on every background: list of (color, shape, direction, background)."""
+    return [(*triple, background) for triple in triples(split) for background in BACKGROUNDS]
+
+
 def caption(color, shape, direction=None, background=None):
     """The sentence for a clip, or for a still when there is no direction; without background it is not mentioned."""
     moving = f" moving {direction}" if direction else ""
@@ -126,6 +131,13 @@ def trajectory(direction, times, rng, size=SIZE):
     room = SIZE - EXTENT - 2 * MARGIN - np.abs(velocity) * SECONDS  # (2,), px that the path as a whole may shift
     middle = SIZE / 2 + room * rng.uniform(-0.5, 0.5, 2)
     return (middle + velocity * (np.asarray(times)[:, None] - SECONDS / 2)) * size / SIZE
+
+
+def true_render(scene, rng, frames, fps):
+    """What a video of a scene should be like: uint8 (T, SIZE, SIZE, 3), from anywhere along its path."""
+    color, shape, direction, background = scene
+    times = rng.uniform(0, SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
+    return draw(color, shape, background, trajectory(direction, times, rng))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,18 +1,23 @@
 """eval.py: its commands on real files, against what libraries compute by hand."""
 
 import json
+import os
+import subprocess
+import sys
 
+import av
 import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from skimage.metrics import structural_similarity
 
 import eval as evaluate
 import toy
 from checkpoint import load
-from sample import write_video
+from sample import decode, write_video
 
 
 def test_true_renders_get_full_marks(monkeypatch):
@@ -34,6 +39,22 @@ def test_true_renders_get_full_marks(monkeypatch):
     assert evaluate.trajectory_distances(tracks, "test", 2, fps=8)["model"] > far["model"] + 32 * 20
     for fps, (speed, seen, _) in evaluate.grade_fps(None, "val", (4, 8, 15, 30)).items():
         assert speed == pytest.approx(10 / fps, rel=0.02) and seen == 1
+
+
+@pytest.mark.parametrize("split", ["test", pytest.param("train", marks=pytest.mark.slow)])
+def test_grader_is_right_after_the_vae_and_h264(tmp_path, split):
+    """In at least 99 of 100 true renders: what a perfect denoiser would be graded on."""
+    model, rng, right = load(evaluate.SHIPPED), np.random.default_rng(0), 0
+    for scene in toy.scenes(split):
+        clip = torch.from_numpy(toy.true_render(scene, rng, 16, fps=4)).permute(0, 3, 1, 2)
+        mean, _ = evaluate.encode_frames(model.vae, clip).chunk(2, dim=1)
+        video = decode(model, mean[None] * model.settings.latent_scale)[0]
+        write_video(str(tmp_path / "clip.mp4"), video, 4, {})
+        with av.open(str(tmp_path / "clip.mp4")) as file:
+            seen = toy.grade(np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]))
+        right += (seen.color, seen.shape, seen.direction, seen.background, seen.wrong_cut) == (*scene, False)
+    print(f"{right} of {len(toy.scenes(split))} right")
+    assert right >= 0.99 * len(toy.scenes(split))
 
 
 def test_toy_command(run, micro, tmp_path):
@@ -118,6 +139,23 @@ def test_fvd_of_encoded_clips_and_of_what_cannot_be_used(run, i3d, finished, mic
     assert "skipped " in done.stderr and "2 real and 2 generated" in done.stdout
     done = run("eval.py", "fvd", tmp_path / "clips", tmp_path / "clips", "--i3d", micro)
     assert done.returncode == 2 and "is not a TorchScript file" in done.stderr
+
+
+def test_fvd_holds_no_more_of_many_videos(i3d, tmp_path):
+    """100 clips more are 300 MB more, if they are kept."""
+    rng, peaks = np.random.default_rng(0), []
+    for n in range(10):  # long enough for a hundred starts each
+        write_video(str(tmp_path / f"{n:03d}.mp4"), rng.integers(0, 255, (116, 32, 32, 3), dtype=np.uint8), 8, {})
+    for count in (20, 120):
+        lines = [json.dumps({"path": f"{n % 10:03d}.mp4", "caption": ""}) for n in range(count)]
+        (tmp_path / "list.jsonl").write_text("\n".join(lines))
+        child = subprocess.Popen([sys.executable, "eval.py", "fvd", tmp_path / "list.jsonl", tmp_path / "list.jsonl",
+                                  "--i3d", i3d, "--seeds", "1", "--cache", tmp_path / f"cache {count}"], cwd=ROOT,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        assert status == 0 and len(list((tmp_path / f"cache {count}").rglob("*.npy"))) > count / 2
+        peaks.append(usage.ru_maxrss / 1024)  # MiB
+    assert peaks[1] < peaks[0] + 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------
