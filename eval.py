@@ -4,6 +4,7 @@
     python eval.py fvd REAL GEN --i3d i3d_torchscript.pt     # Fréchet video distance
     python eval.py clip VIDEOS --prompts FILE                # how well videos show what was asked for
     python eval.py vae --ckpt weights/tiny.safetensors       # what encoding the stitched grid would cost
+    python eval.py ablation                                  # the paper's ablations again, in small
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import ablation
 import toy
 from checkpoint import Parser, UserError, command_line, first_line, load, parse_size
 from data import EncodedClips, Items, encode_frames
@@ -44,18 +46,13 @@ def sample_all(model, jobs, batch_size=8, **options):
     bar.close()
 
 
-def scenes(split: str) -> list[tuple[str, str, str, str]]:
-    """Every triple of a split on every background: (color, shape, direction, background)."""
-    return [(*triple, background) for triple in toy.triples(split) for background in toy.BACKGROUNDS]
-
-
 def grade_prompts(model, split: str, seeds: int, **options):
     """Every triple of a split on every background, `seeds` times each.
 
     Returns (names of what was graded -> how often right, number of videos, wrong cuts, failures, tracks), a failure
     being (prompt, seed, what the grader read, video).
     """
-    jobs = [(toy.caption(*scene), seed) for scene in scenes(split) for seed in range(seeds)]
+    jobs = [(toy.caption(*scene), seed) for scene in toy.scenes(split) for seed in range(seeds)]
     right, cuts, failures, tracks = Counter(), 0, [], []
     for (prompt, seed), video in zip(jobs, sample_all(model, jobs, **options)):
         seen, wanted = toy.grade(video), toy.expected(prompt)
@@ -80,20 +77,13 @@ def track(seen: toy.Grade) -> torch.Tensor:
 def trajectory_distances(tracks: torch.Tensor, split: str, seeds: int, fps: float) -> dict[str, float]:
     """The toy stand-in for FVD: distance of tracks to those of as many true renders, and of two sets of these."""
     frames = (tracks.shape[1] + 2) // 8
-    wanted = [scene for scene in scenes(split) for _ in range(seeds)]
-    sets = [torch.stack([track(toy.grade(true_render(scene, rng, frames, fps))) for scene in wanted])
+    wanted = [scene for scene in toy.scenes(split) for _ in range(seeds)]
+    sets = [torch.stack([track(toy.grade(toy.true_render(scene, rng, frames, fps))) for scene in wanted])
             for rng in (np.random.default_rng(0), np.random.default_rng(1))]
     gaussians = [Gaussian(tracks.shape[1]) for _ in range(3)]
     for gaussian, features in zip(gaussians, [tracks, *sets]):
         gaussian.add(features)
     return {"model": frechet_distance(*gaussians[:2]), "true": frechet_distance(*gaussians[1:])}
-
-
-def true_render(scene, rng, frames: int, fps: float):
-    """What a video of a scene should be like: uint8 (T, 64, 64, 3), from anywhere along its path."""
-    color, shape, direction, background = scene
-    times = rng.uniform(0, toy.SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
-    return toy.draw(color, shape, background, toy.trajectory(direction, times, rng))
 
 
 def grade_fps(model, split: str, fps_values, **options):
@@ -158,6 +148,24 @@ def contact_sheet_row(video):
     """(T, H, W, 3) -> (H + 2, T * (W + 2), 3)."""
     return np.pad(video, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255).transpose(1, 0, 2, 3).reshape(
         video.shape[1] + 2, -1, 3)
+
+
+def command_ablation(args):
+    ablation.ablate(args.results, score)
+    results = ablation.read_results(args.results)
+    print("\n".join(ablation.tables(results)))
+    ablation.figure(results, args.figure)
+    print(args.figure)
+
+
+def score(model, fps_values) -> dict:
+    """What is noted of a model of the ablations."""
+    options = {"batch_size": 24, "steps": 25}
+    right, n, cuts, _, tracks = grade_prompts(model, "test", seeds=1, **options)
+    rows = grade_fps(model, "test", fps_values, **options)
+    return {"videos": n, **{name: right[name] for name in ANSWERS}, "wrong cuts": cuts,
+            "trajectories": trajectory_distances(tracks, "test", 1, model.settings.fps)["model"],
+            "px a frame": {fps: row[0] if row else math.nan for fps, row in rows.items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,8 +359,8 @@ def vae_scores(model, clips) -> dict[str, dict[str, float]]:
 def toy_clips(frames: int):
     """True renders without end, uint8 (T, 3, 64, 64) each."""
     rng = np.random.default_rng(0)
-    for scene in itertools.cycle(scenes("test")):
-        clip = true_render(scene, rng, frames, 4 if frames <= 16 else frames / toy.SECONDS)
+    for scene in itertools.cycle(toy.scenes("test")):
+        clip = toy.true_render(scene, rng, frames, 4 if frames <= 16 else frames / toy.SECONDS)
         yield torch.from_numpy(clip).permute(0, 3, 1, 2)
 
 
@@ -432,6 +440,11 @@ def main():
     p.add_argument("--frames", type=int, help="(default: the model's)")
     p.add_argument("--size", metavar="WxH", help="of frames of a list (default: the model's)")
     p.set_defaults(run=command_vae)
+
+    p = commands.add_parser("ablation", help="the paper's ablations in small: trains what has no result yet")
+    p.add_argument("--results", default="assets/ablation.jsonl", metavar="FILE", help="one line a run, appended to")
+    p.add_argument("--figure", default="assets/ablation.png", metavar="FILE.png")
+    p.set_defaults(run=command_ablation)
 
     for p in commands.choices.values():
         p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,337 @@
+"""The ablations of the paper run again in small: Table 2, Figure 7, the FPS embedding, and a gate that the paper lacks.
+
+    python eval.py ablation
+
+As the paper's models all start from Stable Diffusion, all runs here start from one tiny text-to-image model, which
+knows shapes, colours and backgrounds and has never seen a grid. Each is trained and graded in less than three minutes
+on two cores, and leaves a line in the file of results; what has its line there is not run again.
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import getitem
+
+import numpy as np
+import torch
+from torch import nn
+
+import toy
+from config import Config, read_config
+from data import CAPTION_FPS, encode_frames, generator
+from embed import mixed_embedding
+from grid import fold
+from metrics import wilson
+from model import UNet
+from prepare import encode_text
+from ranks import Ranks
+from task import VALIDATION_TIMESTEPS, Denoising, UNetTask, loss_of, make_model, make_ready, open_clips, precision
+from train import COMMIT, run
+
+CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+SEEDS = 3
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    mixed_embedding: bool = True
+    fps_embedding: bool = True
+    gate: bool = False  # the mixed embedding behind a learned gate
+    triple_data: bool = True  # else videos alone
+    videos: int = 0  # only the first so many; 0 for all
+
+
+SIZES = (9, 27, 81, 243)  # and all 864, which "mixed embedding" has
+VARIANTS = [
+    Variant("neither", mixed_embedding=False, triple_data=False),
+    Variant("triple data", mixed_embedding=False),
+    Variant("mixed embedding", triple_data=False),
+    Variant("both"),
+    Variant("both, no FPS embedding", fps_embedding=False),
+    Variant("both, gated", gate=True),
+    *(Variant(f"{n} videos", triple_data=False, videos=n) for n in SIZES),
+]
+
+
+class GatedUNet(UNet):
+    """The mixed embedding times a gate a channel that starts at zero: at first this is exactly the image model."""
+
+    def __init__(self, cfg):
+        super().__init__(replace(cfg, mixed_embedding=False))
+        self.gate = nn.Parameter(torch.zeros(cfg.latent_channels, 1, 1))
+
+    def forward(self, x, t, context, fps=None, grid=None):
+        (rows, cols), (*_, C, H, W) = grid, x.shape
+        position = mixed_embedding(rows, cols, H // rows, W // cols, C).to(x.device)
+        return super().forward(x.float() + self.gate * position, t, context, fps, grid)
+
+
+def video_unet(variant: Variant, image: UNet) -> UNet:
+    """The image model's UNet with what the variant adds to it; that starts fresh."""
+    cfg = replace(image.cfg, mixed_embedding=variant.mixed_embedding, fps_embedding=variant.fps_embedding)
+    unet = GatedUNet(cfg) if variant.gate else UNet(cfg)
+    unet.load_state_dict(unet.state_dict() | image.state_dict())
+    return unet
+
+
+def image_unet(shipped: UNet) -> UNet:
+    """A fresh one without ETC's additions, three quarters as wide as the shipped model's."""
+    return UNet(replace(shipped.cfg, channels=48, head_width=48, mixed_embedding=False, fps_embedding=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, as train.py does
+
+
+def train(cfg: Config, unet, variant=Variant("")):
+    """-> (the trained model, {step: losses} of a ProbedTask).
+
+    unet  makes the run's UNet of the one in the checkpoint that it starts from
+    """
+    with Ranks(cfg.timeout) as ranks:
+        torch.manual_seed(cfg.seed)
+        model = make_model(cfg)
+        model.unet = unet(model.unet)
+        lists = make_ready(cfg, model, ranks.device)  # all of the mix, whatever the variant: runs share what is encoded
+        if not variant.triple_data:
+            cfg = replace(cfg, mix={"video": 1})
+        task = ProbedTask(model, cfg, open_clips(cfg, model, lists, ranks.device), ranks.rank, ranks.world)
+        if variant.videos:
+            task.stream.sizes["video"] = variant.videos
+        run(cfg, ranks, model, task)
+        return model, task.probes
+
+
+class ProbedTask(UNetTask):
+    """Notes how far the model is before some of the steps."""
+
+    STEPS = (0, 50, 500)
+
+    def __init__(self, model, *rest):
+        super().__init__(model, *rest)
+        self.model, self.probes = model, {}
+
+    def begin(self, first: int, last: int):
+        super().begin(first, last)
+        self.step = first
+
+    def batch(self):
+        if self.step in self.STEPS:
+            self.probes[self.step] = probe(self.cfg, self.model)
+        self.step += 1
+        return super().batch()
+
+
+def probe(cfg: Config, model) -> dict[str, float]:
+    """Mean loss on true renders of the held-out scenes, under noise that is always the same: of single images, which
+    are what the model knew before, and of videos."""
+    return {"image": true_loss(replace(cfg, frames=1), model, CAPTION_FPS),
+            "video": true_loss(cfg, model, cfg.default_fps)}
+
+
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def worth_of_direction(cfg: Config, model, loss: float) -> float:
+    """By how many percent the loss on videos rises when captions say the opposite direction: what a model knows of
+    motion long before it draws any."""
+    wrong = [(color, shape, OPPOSITE[direction], background) for color, shape, direction, background in
+             toy.scenes("test")]
+    return 100 * (true_loss(cfg, model, cfg.default_fps, wrong) / loss - 1)
+
+
+@torch.no_grad()
+def true_loss(cfg: Config, model, fps: float, said=None) -> float:
+    """Over VALIDATION_TIMESTEPS; said: the scenes in the captions, when they are others than those in the videos."""
+    rng, scenes = np.random.default_rng(0), toy.scenes("test")
+    device, n = next(model.unet.parameters()).device, len(scenes)
+    clips = [torch.from_numpy(toy.true_render(scene, rng, cfg.frames, cfg.default_fps)) for scene in scenes]
+    means = [encode_frames(model.vae, clip.permute(0, 3, 1, 2)).chunk(2, dim=1)[0] for clip in clips]
+    latents = torch.stack(means) * model.settings.latent_scale
+    context = encode_text(model, [toy.caption(*scene) for scene in said or scenes], torch.float32)
+    module = Denoising(model, cfg, None)
+    losses = []
+    for t in VALIDATION_TIMESTEPS:
+        eps = torch.randn(fold(latents, *module.grid).shape, generator=generator("probe", t))
+        batch = latents, context, torch.full((n,), float(fps)), torch.full((n,), t), eps
+        losses.append(loss_of(cfg, module, batch, device).mean())
+    return torch.stack(losses).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+BASE = ("ablation_image", "ablation_compare", "ablation_sheets")  # configs, each of which goes on from the one before
+
+
+def image_model() -> str:
+    """The checkpoint of the text-to-image model, trained if it is not there."""
+    for name in BASE:
+        cfg = read_config(os.path.join(CONFIGS, name + ".py"), [])
+        path = os.path.join(cfg.out_dir, "model.safetensors")
+        if not os.path.exists(path):
+            train(cfg, image_unet if name == BASE[0] else lambda unet: unet)
+    return path
+
+
+def ablate(results: str, score):
+    """Every variant with every seed that has no line in the file of results yet.
+
+    score  (model, FPS values) -> dict of what to note of it
+    """
+    path = image_model()
+    done = [(line["variant"], line["seed"]) for line in read_results(results)]
+    todo = [(seed, variant) for seed in range(SEEDS) for variant in VARIANTS if (variant.name, seed) not in done]
+    for n, (seed, variant) in enumerate(todo):
+        print(f"run {n + 1} of {len(todo)}: {variant.name}, seed {seed}", flush=True)
+        line = one_run(variant, seed, path, score)
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def one_run(variant: Variant, seed: int, init: str, score) -> dict:
+    cfg = read_config(os.path.join(CONFIGS, "ablation.py"), [f"--init={init}", f"--seed={seed}"])
+    cfg.out_dir = os.path.join(cfg.out_dir, f"{variant.name} {seed}")  # of its own, to be resumed when interrupted
+    began = time.time()
+    model, probes = train(cfg, lambda unet: video_unet(variant, unet), variant)
+    last = probes[cfg.max_steps] = probe(cfg, model)
+    worth = worth_of_direction(cfg, model, last["video"])
+    trained = time.time()
+    with precision(cfg, next(model.unet.parameters()).device):
+        scores = score(model, cfg.fps_values)
+    shutil.rmtree(cfg.out_dir)
+    return {"variant": variant.name, "seed": seed, "steps": cfg.max_steps, **scores,
+            "worth of direction": worth, "loss": probes,
+            "train_s": round(trained - began), "score_s": round(time.time() - trained), "commit": COMMIT}
+
+
+def read_results(path: str) -> list[dict]:
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What came out
+
+
+class Row:
+    """The runs of a variant, under its name; a name with a note where seeds are missing."""
+
+    def __init__(self, variant: Variant, results: list[dict]):
+        self.runs = [line for line in results if line["variant"] == variant.name]
+        few = f" ({len(self.runs)} of {SEEDS} seeds)" if len(self.runs) < SEEDS else ""
+        self.name, self.videos = variant.name + few, sum(line["videos"] for line in self.runs)
+
+    def share(self, what: str) -> tuple[float, float, float]:
+        """Of all videos of all seeds, in percent, with its Wilson interval."""
+        count = sum(line[what] for line in self.runs)
+        return tuple(100 * x for x in (count / self.videos, *wilson(count, self.videos)))
+
+    def spread(self, *keys: str) -> tuple[float, float, float]:
+        """Mean, least and largest over the seeds of what stands under the keys."""
+        values = [reduce(getitem, keys, line) for line in self.runs]
+        return sum(values) / len(values), min(values), max(values)
+
+
+def cell(numbers, digits: int) -> str:
+    middle, low, high = (f"{x:.{digits}f}" for x in numbers)
+    return f"{middle} [{low}, {high}]"
+
+
+def tables(results: list[dict]):
+    """Lines of Markdown."""
+    rows = {variant.name: Row(variant, results) for variant in VARIANTS}
+    rows = {name: row for name, row in rows.items() if row.runs}
+    shares = ("color", "shape", "direction", "background", "wrong cuts")
+    yield "| | " + " | ".join(f"{name}, %" for name in shares) + " | trajectories | loss | worth of direction, % |"
+    yield "|---|" + "---|" * (len(shares) + 3)
+    for row in rows.values():
+        cells = [cell(row.share(name), 0) for name in shares]
+        cells += [cell(row.spread("trajectories"), 0), cell(row.spread("loss", steps(results)[-1], "video"), 4),
+                  cell(row.spread("worth of direction"), 1)]
+        yield f"| {row.name} | " + " | ".join(cells) + " |"
+    yield ""
+    yield "| px a frame | " + " | ".join(f"{fps} FPS (true {10 / float(fps):.1f})" for fps in speeds(results)) + " |"
+    yield "|---|" + "---|" * len(speeds(results))
+    for row in pick(rows, "both", "both, no FPS embedding"):
+        cells = [cell(row.spread("px a frame", fps), 2) for fps in speeds(results)]
+        yield f"| {row.name} | " + " | ".join(cells) + " |"
+    for kind in ("image", "video"):
+        yield ""
+        yield f"| loss of {kind}s | " + " | ".join(f"step {step}" for step in steps(results)) + " |"
+        yield "|---|" + "---|" * len(steps(results))
+        for row in pick(rows, "neither", "both", "both, gated"):
+            cells = [cell(row.spread("loss", step, kind), 3) for step in steps(results)]
+            yield f"| {row.name} | " + " | ".join(cells) + " |"
+
+
+def pick(rows: dict[str, Row], *names: str) -> list[Row]:
+    return [rows[name] for name in names if name in rows]
+
+
+def speeds(results: list[dict]) -> list[str]:
+    return list(results[0]["px a frame"])
+
+
+def steps(results: list[dict]) -> list[str]:
+    return list(results[0]["loss"])
+
+
+def figure(results: list[dict], path: str):
+    """Four panels: Table 2, Figure 7, speed against FPS, and what the gate does to the loss."""
+    from matplotlib.figure import Figure  # of the extra `dev`
+
+    rows = {variant.name: Row(variant, results) for variant in VARIANTS}
+    rows = {name: row for name, row in rows.items() if row.runs}
+    drawing = Figure(figsize=(11, 7), layout="constrained")
+    table, sizes, fps, gate = drawing.subplots(2, 2).flat
+
+    shown = pick(rows, "neither", "triple data", "mixed embedding", "both")
+    for n, name in enumerate(("color", "shape", "direction", "wrong cuts")):
+        place = [i + 0.2 * (n - 1.5) for i in range(len(shown))]
+        table.bar(place, [row.share(name)[0] for row in shown], 0.18, yerr=whiskers(row.share(name) for row in shown),
+                  capsize=2, label=name)
+    table.set_xticks(range(len(shown)), [row.name for row in shown], fontsize=8)
+    table.set(title="Table 2 in small", ylabel="% of videos of held-out prompts")
+    table.legend(fontsize=8)
+
+    names = {f"{n} videos": n for n in SIZES} | {"mixed embedding": Config.toy_clips}
+    known = [(n, rows[name]) for name, n in names.items() if name in rows]
+    for name in ("shape", "direction"):
+        sizes.errorbar([n for n, _ in known], [row.share(name)[0] for _, row in known],
+                       whiskers(row.share(name) for _, row in known), capsize=2, marker="o", label=name)
+    sizes.set(title="Figure 7 in small", xscale="log", xlabel="videos", ylabel="%")
+    sizes.legend(fontsize=8)
+
+    rates = speeds(results)
+    for row in pick(rows, "both", "both, no FPS embedding"):
+        numbers = [row.spread("px a frame", rate) for rate in rates]
+        fps.errorbar([float(rate) for rate in rates], [middle for middle, *_ in numbers], whiskers(numbers), capsize=2,
+                     marker="o", label=row.name)
+    fps.plot([float(rate) for rate in rates], [toy.SPEED / float(rate) for rate in rates], "k--", label="true")
+    fps.set(title="What the FPS embedding says", xscale="log", xlabel="FPS asked for", ylabel="px a frame")
+    fps.legend(fontsize=8)
+
+    for row, color in zip(pick(rows, "neither", "both", "both, gated"), ("C0", "C1", "C2")):
+        for kind, style in (("image", "--"), ("video", "-")):
+            numbers = [row.spread("loss", step, kind) for step in steps(results)]
+            gate.errorbar(range(len(numbers)), [middle for middle, *_ in numbers], whiskers(numbers), capsize=2,
+                          marker="o", color=color, linestyle=style, label=f"{row.name}, {kind}s")
+    gate.set_xticks(range(len(steps(results))), steps(results))
+    gate.set(title="Adding the mixed embedding to an image model", xlabel="steps of fine-tuning", ylabel="loss")
+    gate.legend(fontsize=8)
+    drawing.savefig(path, dpi=100)
+
+
+def whiskers(numbers):
+    """(middle, low, high) of each bar as matplotlib wants them: (2, N) lengths down and up."""
+    return np.array([(max(middle - low, 0), max(high - middle, 0)) for middle, low, high in numbers]).T

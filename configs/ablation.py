@@ -1,0 +1,34 @@
+"""One run of `python eval.py ablation`, which varies the embeddings, the mix, the number of videos and the seed."""
+
+train = "unet"
+init = "runs/ablation_sheets/model.safetensors"
+out_dir = "runs/ablation"
+
+toy = "data/toy"
+encoded = "data/ablation"
+frames = 9
+width = 64
+height = 64
+fps_values = (2, 8)
+starts = 1
+draws = 16
+mix = {"video": 2, "label": 1, "caption": 1}
+
+timestep_shift = 2.0
+default_fps = 2
+guidance = 3.0
+
+max_steps = 700
+batch_size = 8
+lr = 6e-4
+warmup = 50
+cooldown = 300
+betas = (0.9, 0.99)
+weight_decay = 0.01
+dtype = "bfloat16"
+
+log_every = 100
+sheet_every = 10_000
+save_every = 10_000
+keep = 1
+licence = "MIT, trained from nothing on the toy world"

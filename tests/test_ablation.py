@@ -1,0 +1,121 @@
+"""ablation.py: what is compared differs in what it says, and the tables are what the results give by hand."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import ablation
+from ablation import GatedUNet, Row, Variant, video_unet
+from config import PRESETS
+from metrics import wilson
+from model import UNet, UNetConfig
+
+
+@pytest.fixture
+def image():
+    """The UNet of an image model, with random weights in every layer."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(**{**vars(PRESETS["micro"].unet), "mixed_embedding": False, "fps_embedding": False}))
+    for p in unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return unet
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
+    return x, torch.tensor([3, 700]), context, torch.tensor([8.0, 120.0]), (2, 2)
+
+
+@torch.no_grad()
+def test_variants_start_as_the_image_model_with_what_they_add(image):
+    x, t, context, fps, grid = inputs()
+    plain = image(x, t, context)
+    assert torch.equal(video_unet(Variant("", mixed_embedding=False), image)(x, t, context, fps, grid), plain)
+    assert torch.equal(video_unet(Variant("", gate=True), image)(x, t, context, fps, grid), plain)
+    both = video_unet(Variant(""), image)
+    assert not torch.allclose(both(x, t, context, fps, grid), plain, atol=1e-2)
+    assert not hasattr(video_unet(Variant("", fps_embedding=False), image), "fps_proj") and hasattr(both, "fps_proj")
+    open_gate = video_unet(Variant("", gate=True), image)
+    open_gate.gate.fill_(1)
+    assert torch.equal(open_gate(x, t, context, fps, grid), both(x, t, context, fps, grid))
+
+
+def test_a_closed_gate_learns(image):
+    unet = video_unet(Variant("", gate=True), image)
+    assert isinstance(unet, GatedUNet)
+    unet(*inputs()).square().mean().backward()
+    assert (unet.gate.grad != 0).all()
+
+
+STAGE = """
+init = {init!r}
+out_dir = {out!r}
+toy = {toy!r}
+encoded = {encoded!r}
+frames = {frames}
+width = 32
+height = 32
+fps_values = (4, 8)
+mix = {mix!r}
+max_steps = 3
+batch_size = 4
+dtype = "float32"
+default_fps = 4
+log_every = 1
+"""
+
+
+def write_configs(folder, world, micro):
+    before = micro
+    for name in (*ablation.BASE, "ablation"):
+        frames = 1 if name == ablation.BASE[0] else 4
+        mix = {"video": 2, "label": 1, "caption": 1} if name == "ablation" else {"caption": 1}
+        encoded = str(folder / f"encoded {frames} {len(mix)}")
+        text = STAGE.format(init=before, out=str(folder / name), toy=world, encoded=encoded, frames=frames, mix=mix)
+        (folder / f"{name}.py").write_text(text)
+        before = str(folder / name / "model.safetensors")
+
+
+def test_what_has_its_line_is_not_run_again(world, micro, tmp_path, monkeypatch):
+    write_configs(tmp_path, world, micro)
+    monkeypatch.setattr(ablation, "CONFIGS", str(tmp_path))
+    monkeypatch.setattr(ablation, "SEEDS", 1)
+    monkeypatch.setattr(ablation, "VARIANTS", [Variant("both"), Variant("gated", gate=True),
+                                               Variant("3 videos", triple_data=False, videos=3)])
+    calls, results = [], tmp_path / "results.jsonl"
+
+    def score(model, fps_values):
+        calls.append(model)
+        return {"videos": 1, "weight": model.unet.out[2].weight.sum().item()}
+
+    ablation.ablate(str(results), score)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["variant"] for line in lines] == ["both", "gated", "3 videos"] and len(calls) == 3
+    assert isinstance(calls[1].unet, GatedUNet) and len({line["weight"] for line in lines}) == 3
+    for line in lines:
+        assert list(line["loss"]) == ["0", "3"] and line["loss"]["0"] != line["loss"]["3"]
+    results.write_text("\n".join(json.dumps(line) for line in (lines[0], lines[2])) + "\n")
+    ablation.ablate(str(results), score)
+    again = json.loads(results.read_text().splitlines()[-1])
+    timings = {"train_s": 0, "score_s": 0}
+    assert len(calls) == 4 and again | timings == lines[1] | timings
+
+
+def test_tables_and_figure_are_what_the_lines_say(tmp_path):
+    results = [{"variant": name, "seed": seed, "videos": 10, "color": 9, "shape": seed, "direction": 5,
+                "background": 10, "wrong cuts": 0, "trajectories": 100.0 + seed, "px a frame": {"2": 4.0, "8": 1.5},
+                "worth of direction": 2.0,
+                "loss": {"0": {"image": 0.5, "video": 0.75}, "40": {"image": 0.25, "video": 0.125 * seed}}}
+               for name in ("neither", "both", "9 videos") for seed in range(3 if name == "both" else 2)]
+    row = Row(Variant("both"), results)
+    assert row.share("shape") == tuple(100 * x for x in (0.1, *wilson(3, 30)))
+    assert row.spread("loss", "40", "video") == (0.125, 0, 0.25)
+    text = "\n".join(ablation.tables(results))
+    assert "| both | 90 [74, 97] | 10 [3, 26] |" in text and "| 101 [100, 102] | 0.1250 [0.0000, 0.2500] |" in text
+    assert "| neither (2 of 3 seeds) |" in text and "| 2 FPS (true 5.0) | 8 FPS (true 1.2) |" in text
+    ablation.figure(results, str(tmp_path / "figure.png"))
+    assert Image.open(tmp_path / "figure.png").size == (1100, 700)
