@@ -58,7 +58,8 @@ class Config:
     zero_snr: bool = False  # these two for a model that starts from nothing; a checkpoint brings its own
     spacing: str = "leading"  # of the sampler's timesteps; "trailing" goes with zero_snr
     timesteps: tuple = (0, 1000)  # trained are those from the first up to, not with, the last
-    timestep_shift: float = 1.0  # s > 1 trains noisy timesteps more often: t = s u / (1 + (s - 1) u), u uniform
+    timestep_shift: float = 1.0  # s > 1 trains noisy timesteps more often: half of them lie above s / (1 + s) of those
+    timestep_width: float = 1.0  # w < 1 trains those near that middle more often, and all of them still sometimes
     default_fps: float = 30  # what sampling asks for when the user does not
     guidance: float = 7.0  # likewise
 
@@ -140,7 +141,8 @@ def check_config(cfg: Config):
     for name, known in choices.items():
         if getattr(cfg, name) not in known:
             raise UserError(f"{name} is one of {', '.join(known)}, not {getattr(cfg, name)!r}")
-    for name in ("max_steps", "batch_size", "accumulate", "log_every", "sheet_every", "save_every", "keep", "timeout"):
+    for name in ("max_steps", "batch_size", "accumulate", "log_every", "sheet_every", "save_every", "keep", "timeout",
+                 "timestep_shift", "timestep_width"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"{name} is more than 0, not {getattr(cfg, name)}")
     shares = cfg.mix.values()

@@ -182,7 +182,9 @@ VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)  # one would mislead: what is l
 
 
 def draw_timesteps(cfg: Config, positions: list[int], world: int) -> torch.Tensor:
-    """t of the samples at some positions (B,): uniform, then shifted, then into the trained range.
+    """t of the samples at some positions (B,): uniform, then shifted and narrowed, then into the trained range.
+
+    With s the shift and w the width, t / (1 - t) = s (u / (1 - u))^w: the odds of t are those of u, scaled and squeezed.
 
     Of all samples of a step, on all ranks, each has a stratum of its own: its loss is less of a lottery.
     """
@@ -191,7 +193,8 @@ def draw_timesteps(cfg: Config, positions: list[int], world: int) -> torch.Tenso
     inside = torch.stack([torch.rand((), generator=generator("timestep", cfg.seed, p)) for p in positions])
     u = (strata[[p % size for p in positions]] + inside) / size
     first, last = cfg.timesteps
-    t = first + (last - first) * cfg.timestep_shift * u / (1 + (cfg.timestep_shift - 1) * u)
+    noisy, clean = cfg.timestep_shift * u**cfg.timestep_width, (1 - u) ** cfg.timestep_width
+    t = first + (last - first) * noisy / (noisy + clean)
     return t.long().clamp(max=last - 1)  # the largest u below 1 can round up to 1
 
 

@@ -14,7 +14,8 @@ starts = 1
 draws = 16
 mix = {"video": 2, "label": 1, "caption": 1}
 
-timestep_shift = 2.0
+timestep_shift = 2.5
+timestep_width = 0.4  # where frames need each other (see tiny.py), and everywhere else a little
 default_fps = 2
 guidance = 3.0
 
@@ -22,7 +23,7 @@ max_steps = 700
 batch_size = 8
 lr = 6e-4
 warmup = 50
-cooldown = 300
+cooldown = 200
 betas = (0.9, 0.99)
 weight_decay = 0.01
 dtype = "bfloat16"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from conftest import ROOT
 
@@ -118,10 +119,11 @@ def test_the_loss_is_that_of_the_timestep():
             assert torch.allclose(losses[i], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_timesteps_of_a_step_have_a_stratum_each(shift):
-    """t = first + (last - first) s u / (1 + (s - 1) u): however a step is cut, u covers 0..1 evenly."""
-    options = ["--timesteps=(600,1000)", f"--timestep_shift={shift}", "--batch_size=4", "--accumulate=2"]
+@pytest.mark.parametrize("shift, width", [(1.0, 1.0), (2.0, 1.0), (2.5, 0.5)])
+def test_timesteps_of_a_step_have_a_stratum_each(shift, width):
+    """logit t' = log s + w logit u, t = first + (last - first) t': however a step is cut, u covers 0..1 evenly."""
+    options = ["--timesteps=(600,1000)", f"--timestep_shift={shift}", f"--timestep_width={width}", "--batch_size=4",
+               "--accumulate=2"]
     cfg = config.read_config(f"{ROOT}/configs/ci.py", options)
     draws = []
     for step in range(3):
@@ -131,8 +133,9 @@ def test_timesteps_of_a_step_have_a_stratum_each(shift):
         assert torch.equal(torch.cat(parts), task.draw_timesteps(alone, positions, 1))
         draws.append(torch.cat(parts).tolist())
         for n, t in enumerate(sorted(draws[-1])):
-            low, high = (600 + 400 * shift * u / (1 + (shift - 1) * u) for u in (n / 24, (n + 1) / 24))
-            assert int(low) <= t <= high and t <= 999
+            ends = np.array([n / 24, (n + 1) / 24])
+            low, high = 600 + 400 * scipy.special.expit(np.log(shift) + width * scipy.special.logit(ends))
+            assert int(low + 1e-3) <= t <= high + 1e-3 and t <= 999
     assert draws[0] != draws[1] and draws[1] != sorted(draws[1])
 
 
