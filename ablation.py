@@ -90,11 +90,8 @@ def image_unet(shipped: UNet) -> UNet:
 # Training, as train.py does
 
 
-def train(cfg: Config, unet, variant=Variant("")):
-    """-> (the trained model, {step: losses} of a ProbedTask).
-
-    unet  makes the run's UNet of the one in the checkpoint that it starts from
-    """
+def train(cfg: Config, unet, variant=Variant("")) -> "ProbedTask":
+    """unet makes the run's UNet of the one in the checkpoint that it starts from."""
     with Ranks(cfg.timeout) as ranks:
         torch.manual_seed(cfg.seed)
         model = make_model(cfg)
@@ -106,11 +103,11 @@ def train(cfg: Config, unet, variant=Variant("")):
         if variant.videos:
             task.stream.sizes["video"] = variant.videos
         run(cfg, ranks, model, task)
-        return model, task.probes
+        return task
 
 
 class ProbedTask(UNetTask):
-    """Notes how far the model is before some of the steps."""
+    """Notes in `probes` how far the model is before some of the steps."""
 
     STEPS = (0, 50, 500)
 
@@ -200,15 +197,15 @@ def one_run(variant: Variant, seed: int, init: str, score) -> dict:
     cfg = read_config(os.path.join(CONFIGS, "ablation.py"), [f"--init={init}", f"--seed={seed}"])
     cfg.out_dir = os.path.join(cfg.out_dir, f"{variant.name} {seed}")  # of its own, to be resumed when interrupted
     began = time.time()
-    model, probes = train(cfg, lambda unet: video_unet(variant, unet), variant)
-    last = probes[cfg.max_steps] = probe(cfg, model)
+    task = train(cfg, lambda unet: video_unet(variant, unet), variant)
+    model, last = task.model, probe(cfg, task.model)
     worth = worth_of_direction(cfg, model, last["video"])
     trained = time.time()
     with precision(cfg, next(model.unet.parameters()).device):
         scores = score(model, cfg.fps_values)
     shutil.rmtree(cfg.out_dir)
     return {"variant": variant.name, "seed": seed, "steps": cfg.max_steps, **scores,
-            "worth of direction": worth, "loss": probes,
+            "worth of direction": worth, "loss": task.probes | {cfg.max_steps: last},
             "train_s": round(trained - began), "score_s": round(time.time() - trained), "commit": COMMIT}
 
 

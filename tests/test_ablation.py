@@ -1,12 +1,14 @@
 """ablation.py: what is compared differs in what it says, and the tables are what the results give by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 import ablation
+import config
 from ablation import GatedUNet, Row, Variant, video_unet
 from config import PRESETS
 from metrics import wilson
@@ -60,6 +62,7 @@ frames = {frames}
 width = 32
 height = 32
 fps_values = (4, 8)
+draws = 1
 mix = {mix!r}
 max_steps = 3
 batch_size = 4
@@ -103,6 +106,15 @@ def test_what_has_its_line_is_not_run_again(world, micro, tmp_path, monkeypatch)
     again = json.loads(results.read_text().splitlines()[-1])
     timings = {"train_s": 0, "score_s": 0}
     assert len(calls) == 4 and again | timings == lines[1] | timings
+
+
+def test_few_videos_are_the_first(world, micro, tmp_path):
+    write_configs(tmp_path, world, micro)
+    cfg = config.read_config(str(tmp_path / "ablation.py"), [f"--init={micro}", "--max_steps=1"])
+    task = ablation.train(cfg, lambda unet: unet, Variant("", triple_data=False, videos=3))
+    assert {task.stream.item_at(position) for position in range(100)} == {("video", n) for n in range(3)}
+    task = ablation.train(replace(cfg, out_dir=str(tmp_path / "all")), lambda unet: unet)
+    assert {source for source, _ in map(task.stream.item_at, range(100))} == {"video", "label", "caption"}
 
 
 def test_tables_and_figure_are_what_the_lines_say(tmp_path):
