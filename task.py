@@ -184,7 +184,7 @@ VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)  # one would mislead: what is l
 def draw_timesteps(cfg: Config, positions: list[int], world: int) -> torch.Tensor:
     """t of the samples at some positions (B,): uniform, then shifted and narrowed, then into the trained range.
 
-    With s the shift and w the width, t / (1 - t) = s (u / (1 - u))^w: the odds of t are those of u, scaled and squeezed.
+    With s the shift and w the width, t / (1 - t) = s (u / (1 - u))^w: odds that are scaled and squeezed.
 
     Of all samples of a step, on all ranks, each has a stratum of its own: its loss is less of a lottery.
     """
