@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import toy
+from checkpoint import UserError
 from config import Config, read_config
 from data import CAPTION_FPS, encode_frames, generator
 from embed import mixed_embedding
@@ -183,8 +184,8 @@ def ablate(results: str, score):
 
     score  (model, FPS values) -> dict of what to note of it
     """
-    path = image_model()
     done = [(line["variant"], line["seed"]) for line in read_results(results)]
+    path = image_model()
     todo = [(seed, variant) for seed in range(SEEDS) for variant in VARIANTS if (variant.name, seed) not in done]
     for n, (seed, variant) in enumerate(todo):
         print(f"run {n + 1} of {len(todo)}: {variant.name}, seed {seed}", flush=True)
@@ -212,8 +213,14 @@ def one_run(variant: Variant, seed: int, init: str, score) -> dict:
 def read_results(path: str) -> list[dict]:
     if not os.path.exists(path):
         return []
+    results = []
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        for n, line in enumerate(file, 1):
+            try:
+                results.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {n}: not the result of a run: remove it") from error
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 """
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -28,7 +29,7 @@ from grid import fold, grid_shape, unfold
 from media import Bad, View, fit_frame, frames_at, opened
 from metrics import Gaussian, frechet_distance, psnr, ssim_map, wilson
 from prepare import INVERSE_TEMPERATURE, ClipScore, spaced_frames
-from sample import SHIPPED, decode, generate
+from sample import SHIPPED, check_writable, decode, generate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy world
@@ -151,6 +152,10 @@ def contact_sheet_row(video):
 
 
 def command_ablation(args):
+    if not importlib.util.find_spec("matplotlib"):
+        raise UserError('the figure wants matplotlib: pip install -e ".[dev]"')
+    for path in (args.results, args.figure):  # now, not after hours
+        check_writable(path)
     ablation.ablate(args.results, score)
     results = ablation.read_results(args.results)
     print("\n".join(ablation.tables(results)))
@@ -441,13 +446,13 @@ def main():
     p.add_argument("--size", metavar="WxH", help="of frames of a list (default: the model's)")
     p.set_defaults(run=command_vae)
 
+    for p in commands.choices.values():
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
     p = commands.add_parser("ablation", help="the paper's ablations in small: trains what has no result yet")
     p.add_argument("--results", default="assets/ablation.jsonl", metavar="FILE", help="one line a run, appended to")
     p.add_argument("--figure", default="assets/ablation.png", metavar="FILE.png")
     p.set_defaults(run=command_ablation)
-
-    for p in commands.choices.values():
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.run(args)
 

@@ -117,6 +117,15 @@ def test_few_videos_are_the_first(world, micro, tmp_path):
     assert {source for source, _ in map(task.stream.item_at, range(100))} == {"video", "label", "caption"}
 
 
+def test_mistakes_are_told_before_any_run(run, tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"variant": "bo')
+    for options, says in ((["--results", "/dev/null/r.jsonl"], "cannot be written"),
+                          (["--figure", "/dev/null/f.png"], "cannot be written"),
+                          (["--results", tmp_path / "results.jsonl"], "line 1: not the result of a run")):
+        done = run("eval.py", "ablation", "--figure", tmp_path / "f.png", *options)
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_tables_and_figure_are_what_the_lines_say(tmp_path):
     results = [{"variant": name, "seed": seed, "videos": 10, "color": 9, "shape": seed, "direction": 5,
                 "background": 10, "wrong cuts": 0, "trajectories": 100.0 + seed, "px a frame": {"2": 4.0, "8": 1.5},
