@@ -59,9 +59,9 @@ def test_the_full_size_fits_a_card_of_24_gb(name):
     assert 4 * attention < need["flop"] < 40 * attention
 
 
-def test_dry_run_says_what_a_run_needs(run, world, finished):
+def test_dry_run_says_what_a_run_needs(run, world, finished, tmp_path):
     done = run("train.py", "configs/ci.py", "--dry_run", f"--toy={world}", f"--encoded={finished[0]}/encoded",
-               "--out_dir=/nowhere/run")
+               f"--out_dir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     lines = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in done.stdout.splitlines())
     model = task.make_model(config.read_config(f"{ROOT}/configs/ci.py", []))
@@ -69,7 +69,7 @@ def test_dry_run_says_what_a_run_needs(run, world, finished):
     assert lines["parameters"] == f"{trained:,} trained"
     assert lines["data, video"] == "8 items, 4 steps an epoch of one process"
     assert re.fullmatch(r"\d+\.\d\d s on one cpu, without reading data: 0.0 h for 20 steps", lines["time of a step"])
-    assert not os.path.exists("/nowhere")
+    assert not os.listdir(tmp_path)
 
 
 def test_dry_run_needs_neither_data_nor_weights(run, tmp_path):
