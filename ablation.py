@@ -196,7 +196,8 @@ def ablate(results: str, score):
 
 def one_run(variant: Variant, seed: int, init: str, score) -> dict:
     cfg = read_config(os.path.join(CONFIGS, "ablation.py"), [f"--init={init}", f"--seed={seed}"])
-    cfg.out_dir = os.path.join(cfg.out_dir, f"{variant.name} {seed}")  # of its own, to be resumed when interrupted
+    cfg.out_dir = os.path.join(cfg.out_dir, f"{variant.name} {seed}")
+    shutil.rmtree(cfg.out_dir, ignore_errors=True)  # of a run that was interrupted: its probes are not in a checkpoint
     began = time.time()
     task = train(cfg, lambda unet: video_unet(variant, unet), variant)
     model, last = task.model, probe(cfg, task.model)

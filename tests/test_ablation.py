@@ -9,6 +9,7 @@ from PIL import Image
 
 import ablation
 import config
+import train
 from ablation import GatedUNet, Row, Variant, video_unet
 from config import PRESETS
 from metrics import wilson
@@ -102,6 +103,10 @@ def test_what_has_its_line_is_not_run_again(world, micro, tmp_path, monkeypatch)
     for line in lines:
         assert list(line["loss"]) == ["0", "3"] and line["loss"]["0"] != line["loss"]["3"]
     results.write_text("\n".join(json.dumps(line) for line in (lines[0], lines[2])) + "\n")
+    cfg = config.read_config(str(tmp_path / "ablation.py"), ["--max_steps=2"])
+    path = f"{cfg.out_dir}/gated 0"
+    ablation.train(replace(cfg, out_dir=path), lambda unet: video_unet(Variant("gated", gate=True), unet))
+    assert train.run_checkpoints(path)  # as an interrupted run leaves one
     ablation.ablate(str(results), score)
     again = json.loads(results.read_text().splitlines()[-1])
     timings = {"train_s": 0, "score_s": 0}
