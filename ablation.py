@@ -2,9 +2,10 @@
 
     python eval.py ablation
 
-As the paper's models all start from Stable Diffusion, all runs here start from one tiny text-to-image model, which
-knows shapes, colours and backgrounds and has never seen a grid. Each is trained and graded in less than three minutes
-on two cores, and leaves a line in the file of results; what has its line there is not run again.
+As the paper's models all start from Stable Diffusion, all runs here start from one tiny text-to-image model. It knows
+shapes, colours and backgrounds, draws sheets of nine equal pictures, and has seen neither motion nor an embedding of
+ETC's. Each run is trained and graded in about three minutes on two cores and leaves a line in the file of results; what
+has its line there is not run again.
 """
 
 import json
@@ -169,14 +170,12 @@ def true_loss(cfg: Config, model, fps: float, said=None) -> float:
 BASE = ("ablation_image", "ablation_compare", "ablation_sheets")  # configs, each of which goes on from the one before
 
 
-def image_model() -> str:
-    """The checkpoint of the text-to-image model, trained if it is not there."""
+def make_image_model():
+    """Train what is not there yet of the text-to-image model."""
     for name in BASE:
         cfg = read_config(os.path.join(CONFIGS, name + ".py"), [])
-        path = os.path.join(cfg.out_dir, "model.safetensors")
-        if not os.path.exists(path):
+        if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
             train(cfg, image_unet if name == BASE[0] else lambda unet: unet)
-    return path
 
 
 def ablate(results: str, score):
@@ -184,18 +183,18 @@ def ablate(results: str, score):
 
     score  (model, FPS values) -> dict of what to note of it
     """
-    done = [(line["variant"], line["seed"]) for line in read_results(results)]
-    path = image_model()
+    done = [(result["variant"], result["seed"]) for result in read_results(results)]
+    make_image_model()
     todo = [(seed, variant) for seed in range(SEEDS) for variant in VARIANTS if (variant.name, seed) not in done]
     for n, (seed, variant) in enumerate(todo):
         print(f"run {n + 1} of {len(todo)}: {variant.name}, seed {seed}", flush=True)
-        line = one_run(variant, seed, path, score)
+        result = one_run(variant, seed, score)
         with open(results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(result) + "\n")
 
 
-def one_run(variant: Variant, seed: int, init: str, score) -> dict:
-    cfg = read_config(os.path.join(CONFIGS, "ablation.py"), [f"--init={init}", f"--seed={seed}"])
+def one_run(variant: Variant, seed: int, score) -> dict:
+    cfg = read_config(os.path.join(CONFIGS, "ablation.py"), [f"--seed={seed}"])
     cfg.out_dir = os.path.join(cfg.out_dir, f"{variant.name} {seed}")
     shutil.rmtree(cfg.out_dir, ignore_errors=True)  # of a run that was interrupted: its probes are not in a checkpoint
     began = time.time()
@@ -232,19 +231,25 @@ class Row:
     """The runs of a variant, under its name; a name with a note where seeds are missing."""
 
     def __init__(self, variant: Variant, results: list[dict]):
-        self.runs = [line for line in results if line["variant"] == variant.name]
+        self.runs = [result for result in results if result["variant"] == variant.name]
         few = f" ({len(self.runs)} of {SEEDS} seeds)" if len(self.runs) < SEEDS else ""
-        self.name, self.videos = variant.name + few, sum(line["videos"] for line in self.runs)
+        self.name, self.videos = variant.name + few, sum(result["videos"] for result in self.runs)
 
     def share(self, what: str) -> tuple[float, float, float]:
         """Of all videos of all seeds, in percent, with its Wilson interval."""
-        count = sum(line[what] for line in self.runs)
+        count = sum(result[what] for result in self.runs)
         return tuple(100 * x for x in (count / self.videos, *wilson(count, self.videos)))
 
     def spread(self, *keys: str) -> tuple[float, float, float]:
         """Mean, least and largest over the seeds of what stands under the keys."""
-        values = [reduce(getitem, keys, line) for line in self.runs]
+        values = [reduce(getitem, keys, result) for result in self.runs]
         return sum(values) / len(values), min(values), max(values)
+
+
+def rows_of(results: list[dict]) -> dict[str, Row]:
+    """By the variants' names; of those that have runs."""
+    rows = {variant.name: Row(variant, results) for variant in VARIANTS}
+    return {name: row for name, row in rows.items() if row.runs}
 
 
 def cell(numbers, digits: int) -> str:
@@ -254,29 +259,29 @@ def cell(numbers, digits: int) -> str:
 
 def tables(results: list[dict]):
     """Lines of Markdown."""
-    rows = {variant.name: Row(variant, results) for variant in VARIANTS}
-    rows = {name: row for name, row in rows.items() if row.runs}
+    rows, at, asked = rows_of(results), steps(results), speeds(results)
     shares = ("color", "shape", "direction", "background", "wrong cuts")
-    yield "| | " + " | ".join(f"{name}, %" for name in shares) + " | trajectories | loss | worth of direction, % |"
-    yield "|---|" + "---|" * (len(shares) + 3)
+    yield from heading("", [*(f"{name}, %" for name in shares), "trajectories", "loss", "worth of direction, %"])
     for row in rows.values():
         cells = [cell(row.share(name), 0) for name in shares]
-        cells += [cell(row.spread("trajectories"), 0), cell(row.spread("loss", steps(results)[-1], "video"), 4),
+        cells += [cell(row.spread("trajectories"), 0), cell(row.spread("loss", at[-1], "video"), 4),
                   cell(row.spread("worth of direction"), 1)]
-        yield f"| {row.name} | " + " | ".join(cells) + " |"
-    yield ""
-    yield "| px a frame | " + " | ".join(f"{fps} FPS (true {10 / float(fps):.1f})" for fps in speeds(results)) + " |"
-    yield "|---|" + "---|" * len(speeds(results))
+        yield line(row.name, cells)
+    yield from ["", *heading("px a frame", [f"{fps} FPS (true {toy.SPEED / float(fps):.1f})" for fps in asked])]
     for row in pick(rows, "both", "both, no FPS embedding"):
-        cells = [cell(row.spread("px a frame", fps), 2) for fps in speeds(results)]
-        yield f"| {row.name} | " + " | ".join(cells) + " |"
+        yield line(row.name, [cell(row.spread("px a frame", fps), 2) for fps in asked])
     for kind in ("image", "video"):
-        yield ""
-        yield f"| loss of {kind}s | " + " | ".join(f"step {step}" for step in steps(results)) + " |"
-        yield "|---|" + "---|" * len(steps(results))
+        yield from ["", *heading(f"loss of {kind}s", [f"step {step}" for step in at])]
         for row in pick(rows, "neither", "both", "both, gated"):
-            cells = [cell(row.spread("loss", step, kind), 3) for step in steps(results)]
-            yield f"| {row.name} | " + " | ".join(cells) + " |"
+            yield line(row.name, [cell(row.spread("loss", step, kind), 3) for step in at])
+
+
+def line(name: str, cells: list[str]) -> str:
+    return " | ".join(["| " + name, *cells]) + " |"
+
+
+def heading(name: str, cells: list[str]) -> list[str]:
+    return [line(name, cells), "|---|" + "---|" * len(cells)]
 
 
 def pick(rows: dict[str, Row], *names: str) -> list[Row]:
@@ -295,46 +300,54 @@ def figure(results: list[dict], path: str):
     """Four panels: Table 2, Figure 7, speed against FPS, and what the gate does to the loss."""
     from matplotlib.figure import Figure  # of the extra `dev`
 
-    rows = {variant.name: Row(variant, results) for variant in VARIANTS}
-    rows = {name: row for name, row in rows.items() if row.runs}
     drawing = Figure(figsize=(11, 7), layout="constrained")
-    table, sizes, fps, gate = drawing.subplots(2, 2).flat
+    axes = list(drawing.subplots(2, 2).flat)
+    draw_table(axes[0], rows_of(results))
+    draw_sizes(axes[1], rows_of(results))
+    draw_speeds(axes[2], rows_of(results), speeds(results))
+    draw_losses(axes[3], rows_of(results), steps(results))
+    for panel in axes:
+        panel.legend(fontsize=8)
+    drawing.savefig(path, dpi=100)
 
+
+def draw_table(panel, rows: dict[str, Row]):
     shown = pick(rows, "neither", "triple data", "mixed embedding", "both")
     for n, name in enumerate(("color", "shape", "direction", "wrong cuts")):
-        place = [i + 0.2 * (n - 1.5) for i in range(len(shown))]
-        table.bar(place, [row.share(name)[0] for row in shown], 0.18, yerr=whiskers(row.share(name) for row in shown),
-                  capsize=2, label=name)
-    table.set_xticks(range(len(shown)), [row.name for row in shown], fontsize=8)
-    table.set(title="Table 2 in small", ylabel="% of videos of held-out prompts")
-    table.legend(fontsize=8)
+        numbers = [row.share(name) for row in shown]
+        panel.bar([i + 0.2 * (n - 1.5) for i in range(len(shown))], [middle for middle, *_ in numbers], 0.18,
+                  yerr=whiskers(numbers), capsize=2, label=name)
+    panel.set_xticks(range(len(shown)), [row.name for row in shown], fontsize=8)
+    panel.set(title="Table 2 in small", ylabel="% of videos of held-out prompts")
 
+
+def draw_sizes(panel, rows: dict[str, Row]):
     names = {f"{n} videos": n for n in SIZES} | {"mixed embedding": Config.toy_clips}
-    known = [(n, rows[name]) for name, n in names.items() if name in rows]
+    known = {n: rows[name] for name, n in names.items() if name in rows}
     for name in ("shape", "direction"):
-        sizes.errorbar([n for n, _ in known], [row.share(name)[0] for _, row in known],
-                       whiskers(row.share(name) for _, row in known), capsize=2, marker="o", label=name)
-    sizes.set(title="Figure 7 in small", xscale="log", xlabel="videos", ylabel="%")
-    sizes.legend(fontsize=8)
+        curve(panel, list(known), [row.share(name) for row in known.values()], label=name)
+    panel.set(title="Figure 7 in small", xscale="log", xlabel="videos", ylabel="%")
 
-    rates = speeds(results)
+
+def draw_speeds(panel, rows: dict[str, Row], asked: list[str]):
+    fps = [float(name) for name in asked]
     for row in pick(rows, "both", "both, no FPS embedding"):
-        numbers = [row.spread("px a frame", rate) for rate in rates]
-        fps.errorbar([float(rate) for rate in rates], [middle for middle, *_ in numbers], whiskers(numbers), capsize=2,
-                     marker="o", label=row.name)
-    fps.plot([float(rate) for rate in rates], [toy.SPEED / float(rate) for rate in rates], "k--", label="true")
-    fps.set(title="What the FPS embedding says", xscale="log", xlabel="FPS asked for", ylabel="px a frame")
-    fps.legend(fontsize=8)
+        curve(panel, fps, [row.spread("px a frame", name) for name in asked], label=row.name)
+    panel.plot(fps, [toy.SPEED / f for f in fps], "k--", label="true")
+    panel.set(title="What the FPS embedding says", xscale="log", xlabel="FPS asked for", ylabel="px a frame")
 
-    for row, color in zip(pick(rows, "neither", "both", "both, gated"), ("C0", "C1", "C2")):
+
+def draw_losses(panel, rows: dict[str, Row], at: list[str]):
+    for n, row in enumerate(pick(rows, "neither", "both", "both, gated")):
         for kind, style in (("image", "--"), ("video", "-")):
-            numbers = [row.spread("loss", step, kind) for step in steps(results)]
-            gate.errorbar(range(len(numbers)), [middle for middle, *_ in numbers], whiskers(numbers), capsize=2,
-                          marker="o", color=color, linestyle=style, label=f"{row.name}, {kind}s")
-    gate.set_xticks(range(len(steps(results))), steps(results))
-    gate.set(title="Adding the mixed embedding to an image model", xlabel="steps of fine-tuning", ylabel="loss")
-    gate.legend(fontsize=8)
-    drawing.savefig(path, dpi=100)
+            curve(panel, range(len(at)), [row.spread("loss", step, kind) for step in at], color=f"C{n}",
+                  linestyle=style, label=f"{row.name}, {kind}s")
+    panel.set_xticks(range(len(at)), at)
+    panel.set(title="Adding the mixed embedding to an image model", xlabel="steps of fine-tuning", ylabel="loss")
+
+
+def curve(panel, x, numbers, **style):
+    panel.errorbar(x, [middle for middle, *_ in numbers], whiskers(numbers), capsize=2, marker="o", **style)
 
 
 def whiskers(numbers):

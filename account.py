@@ -145,7 +145,7 @@ def epochs(cfg: Config, world: int):
     """(source, how many steps its items last)."""
     if cfg.encoded and os.path.exists(cfg.encoded):
         clips = EncodedClips(cfg.encoded)
-        for source in cfg.mix:
+        for source in filter(cfg.mix.get, cfg.mix):
             yield source, epoch(cfg, world, source, clips.count(source))
         return
     for source, path in data_lists(cfg, render=False).items():
@@ -154,8 +154,6 @@ def epochs(cfg: Config, world: int):
 
 
 def epoch(cfg: Config, world: int, source: str, items: int) -> str:
-    if not cfg.mix[source]:
-        return f"{items:,} items, none of them in the mix"
     a_step = cfg.mix[source] / sum(cfg.mix.values()) * cfg.batch_size * cfg.accumulate * world
     left = items - cfg.validation
     return f"{left:,} items, {left / a_step:,.0f} steps an epoch of {processes(world)}"

@@ -31,5 +31,4 @@ dtype = "bfloat16"
 log_every = 100
 sheet_every = 10_000
 save_every = 10_000
-keep = 1
 licence = "MIT, trained from nothing on the toy world"

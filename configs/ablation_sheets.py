@@ -9,7 +9,6 @@ encoded = "data/ablation-sheets"
 frames = 9
 width = 64
 height = 64
-fps_values = (2,)
 mix = {"caption": 1}
 
 timestep_shift = 2.0
