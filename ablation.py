@@ -12,8 +12,11 @@ import json
 import os
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import reduce
+from multiprocessing import active_children, get_context
 from operator import getitem
 
 import numpy as np
@@ -170,35 +173,53 @@ def true_loss(cfg: Config, model, fps: float, said=None) -> float:
 BASE = ("ablation_image", "ablation_compare", "ablation_sheets")  # configs, each of which goes on from the one before
 
 
-def make_image_model():
-    """Train what is not there yet of the text-to-image model."""
+def prepare():
+    """Make what is not there yet of what all runs share: the text-to-image model, and the data encoded ahead."""
     for name in BASE:
         cfg = read_config(os.path.join(CONFIGS, name + ".py"), [])
         if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
             train(cfg, image_unet if name == BASE[0] else lambda unet: unet)
+    cfg = read_config(os.path.join(CONFIGS, "ablation.py"), [])
+    with Ranks(cfg.timeout) as ranks:
+        make_ready(cfg, make_model(cfg), ranks.device)
+    return cfg
 
 
 def ablate(results: str, score):
     """Every variant with every seed that has no line in the file of results yet.
 
-    score  (model, FPS values) -> dict of what to note of it
+    Each has one core, and there are as many at a time as cores: two cores do more so than when one run has both.
+
+    score  (model, FPS values) -> dict of what to note of it; goes to other processes, so it must be a module's function
     """
     done = [(result["variant"], result["seed"]) for result in read_results(results)]
-    make_image_model()
-    todo = [(seed, variant) for seed in range(SEEDS) for variant in VARIANTS if (variant.name, seed) not in done]
-    for n, (seed, variant) in enumerate(todo):
-        print(f"run {n + 1} of {len(todo)}: {variant.name}, seed {seed}", flush=True)
-        result = one_run(variant, seed, score)
-        with open(results, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+    todo = [(variant, seed) for seed in range(SEEDS) for variant in VARIANTS if (variant.name, seed) not in done]
+    if not todo:
+        return
+    cfg = prepare()
+    cores = torch.get_num_threads()
+    workers = 1 if torch.cuda.is_available() else cores
+    print(f"runs: {len(todo)}, {workers} at a time; what they say goes to {cfg.out_dir}/*/log", flush=True)
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (cores // workers,)) as pool:
+        try:
+            for n, run in enumerate(as_completed([pool.submit(one_run, cfg, *it, score) for it in todo]), 1):
+                result = run.result()
+                with open(results, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+                print(f"{n} of {len(todo)}: {result['variant']}, seed {result['seed']}", flush=True)
+        except BaseException:
+            for process in active_children():  # else those that still go would be waited for
+                process.terminate()
+            raise
 
 
-def one_run(variant: Variant, seed: int, score) -> dict:
-    cfg = read_config(os.path.join(CONFIGS, "ablation.py"), [f"--seed={seed}"])
-    cfg.out_dir = os.path.join(cfg.out_dir, f"{variant.name} {seed}")
+def one_run(cfg: Config, variant: Variant, seed: int, score) -> dict:
+    cfg = replace(cfg, seed=seed, out_dir=os.path.join(cfg.out_dir, f"{variant.name} {seed}"))
     shutil.rmtree(cfg.out_dir, ignore_errors=True)  # of a run that was interrupted: its probes are not in a checkpoint
+    os.makedirs(cfg.out_dir)
     began = time.time()
-    task = train(cfg, lambda unet: video_unet(variant, unet), variant)
+    with open(os.path.join(cfg.out_dir, "log"), "w", encoding="utf-8") as log, redirect_stdout(log):
+        task = train(cfg, lambda unet: video_unet(variant, unet), variant)
     model, last = task.model, probe(cfg, task.model)
     worth = worth_of_direction(cfg, model, last["video"])
     trained = time.time()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -84,33 +85,52 @@ def write_configs(folder, world, micro):
         before = str(folder / name / "model.safetensors")
 
 
-def test_what_has_its_line_is_not_run_again(world, micro, tmp_path, monkeypatch):
+def score(model, fps_values):
+    return {"videos": 1, "weight": model.unet.out[2].weight.sum().item(), "unet": type(model.unet).__name__}
+
+
+@pytest.fixture
+def three(world, micro, tmp_path, monkeypatch):
+    """An ablation of three runs."""
     write_configs(tmp_path, world, micro)
     monkeypatch.setattr(ablation, "CONFIGS", str(tmp_path))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so two runs at a time, of one thread each
     monkeypatch.setattr(ablation, "SEEDS", 1)
     monkeypatch.setattr(ablation, "VARIANTS", [Variant("both"), Variant("gated", gate=True),
                                                Variant("3 videos", triple_data=False, videos=3)])
-    calls, results = [], tmp_path / "results.jsonl"
+    return tmp_path
 
-    def score(model, fps_values):
-        calls.append(model)
-        return {"videos": 1, "weight": model.unet.out[2].weight.sum().item()}
 
+def test_what_has_its_line_is_not_run_again(three):
+    results = three / "results.jsonl"
     ablation.ablate(str(results), score)
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [line["variant"] for line in lines] == ["both", "gated", "3 videos"] and len(calls) == 3
-    assert isinstance(calls[1].unet, GatedUNet) and len({line["weight"] for line in lines}) == 3
-    for line in lines:
+    lines = {line["variant"]: line for line in map(json.loads, results.read_text().splitlines())}
+    assert {name: line["unet"] for name, line in lines.items()} == {
+        "both": "UNet", "gated": "GatedUNet", "3 videos": "UNet"}
+    assert len({line["weight"] for line in lines.values()}) == 3
+    for line in lines.values():
         assert list(line["loss"]) == ["0", "3"] and line["loss"]["0"] != line["loss"]["3"]
-    results.write_text("\n".join(json.dumps(line) for line in (lines[0], lines[2])) + "\n")
-    cfg = config.read_config(str(tmp_path / "ablation.py"), ["--max_steps=2"])
+    kept = "".join(json.dumps(lines[name]) + "\n" for name in ("both", "3 videos"))
+    results.write_text(kept)
+    cfg = config.read_config(str(three / "ablation.py"), ["--max_steps=2"])
     path = f"{cfg.out_dir}/gated 0"
     ablation.train(replace(cfg, out_dir=path), lambda unet: video_unet(Variant("gated", gate=True), unet))
     assert train.run_checkpoints(path)  # as an interrupted run leaves one
     ablation.ablate(str(results), score)
-    again = json.loads(results.read_text().splitlines()[-1])
+    again = results.read_text().removeprefix(kept)
     timings = {"train_s": 0, "score_s": 0}
-    assert len(calls) == 4 and again | timings == lines[1] | timings
+    assert json.loads(again) | timings == lines["gated"] | timings
+
+
+def no_score(model, fps_values):
+    raise ArithmeticError("cannot be graded")
+
+
+def test_a_failed_run_ends_the_others(three):
+    with pytest.raises(ArithmeticError):
+        ablation.ablate(str(three / "results.jsonl"), no_score)
+    assert not (three / "results.jsonl").exists() and not active_children()
+    assert "step 3/3" in (three / "ablation" / "both 0" / "log").read_text()
 
 
 def test_few_videos_are_the_first(world, micro, tmp_path):
