@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import reduce
 from multiprocessing import active_children, get_context
@@ -218,13 +218,14 @@ def one_run(cfg: Config, variant: Variant, seed: int, score) -> dict:
     shutil.rmtree(cfg.out_dir, ignore_errors=True)  # of a run that was interrupted: its probes are not in a checkpoint
     os.makedirs(cfg.out_dir)
     began = time.time()
-    with open(os.path.join(cfg.out_dir, "log"), "w", encoding="utf-8") as log, redirect_stdout(log):
+    path = os.path.join(cfg.out_dir, "log")
+    with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         task = train(cfg, lambda unet: video_unet(variant, unet), variant)
-    model, last = task.model, probe(cfg, task.model)
-    worth = worth_of_direction(cfg, model, last["video"])
-    trained = time.time()
-    with precision(cfg, next(model.unet.parameters()).device):
-        scores = score(model, cfg.fps_values)
+        model, last = task.model, probe(cfg, task.model)
+        worth = worth_of_direction(cfg, model, last["video"])
+        trained = time.time()
+        with precision(cfg, next(model.unet.parameters()).device):
+            scores = score(model, cfg.fps_values)
     shutil.rmtree(cfg.out_dir)
     return {"variant": variant.name, "seed": seed, "steps": cfg.max_steps, **scores,
             "worth of direction": worth, "loss": task.probes | {cfg.max_steps: last},
@@ -328,7 +329,7 @@ def figure(results: list[dict], path: str):
     draw_speeds(axes[2], rows_of(results), speeds(results))
     draw_losses(axes[3], rows_of(results), steps(results))
     for panel in axes:
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, ncols=2)
     drawing.savefig(path, dpi=100)
 
 
@@ -339,7 +340,7 @@ def draw_table(panel, rows: dict[str, Row]):
         panel.bar([i + 0.2 * (n - 1.5) for i in range(len(shown))], [middle for middle, *_ in numbers], 0.18,
                   yerr=whiskers(numbers), capsize=2, label=name)
     panel.set_xticks(range(len(shown)), [row.name for row in shown], fontsize=8)
-    panel.set(title="Table 2 in small", ylabel="% of videos of held-out prompts")
+    panel.set(title="Table 2 in small", ylabel="% of videos of held-out prompts", ylim=(0, 110))  # room for the legend
 
 
 def draw_sizes(panel, rows: dict[str, Row]):
@@ -355,7 +356,7 @@ def draw_speeds(panel, rows: dict[str, Row], asked: list[str]):
     for row in pick(rows, "both", "both, no FPS embedding"):
         curve(panel, fps, [row.spread("px a frame", name) for name in asked], label=row.name)
     panel.plot(fps, [toy.SPEED / f for f in fps], "k--", label="true")
-    panel.set(title="What the FPS embedding says", xscale="log", xlabel="FPS asked for", ylabel="px a frame")
+    panel.set(title="What the FPS embedding says", xticks=fps, xlabel="FPS asked for", ylabel="px a frame")
 
 
 def draw_losses(panel, rows: dict[str, Row], at: list[str]):
