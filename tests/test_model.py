@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from checkpoint import load
-from model import SD15, SD21, TextConfig, TextEncoder, UNet
+from model import SD15, SD21, TextConfig, TextEncoder, UNet, attention, attention_by_parts, split_heads
 
 FAMILIES = ("SD 1", "SD 2")
 
@@ -157,6 +157,19 @@ def test_half_precision_is_close_to_full(pair, dtype, expected_error):
         exact, rounded = unet(x, t, context), half(x, t, context.to(dtype)).float()
     assert error(rounded, exact) < expected_error
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+
+
+@torch.no_grad()
+def test_long_attention_in_bfloat16_is_softmax():
+    """By parts, the last of them short, on the strides that split heads have; beside float64."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (split_heads(torch.randn(2, 1100, 3 * 32, generator=g).bfloat16(), 3) for _ in range(3))
+    out = attention(q, k, v)
+    assert torch.equal(out, attention_by_parts(q, k, v)) and out.stride() == q.stride()
+    exact = (q.double() @ k.double().mT / 32**0.5).softmax(-1) @ v.double()
+    assert (out - exact).norm() / exact.norm() < 0.006
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert (out - exact).norm() < 3 * (fused - exact).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
