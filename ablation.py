@@ -4,8 +4,8 @@
 
 As the paper's models all start from Stable Diffusion, all runs here start from one tiny text-to-image model. It knows
 shapes, colours and backgrounds, draws sheets of nine equal pictures, and has seen neither motion nor an embedding of
-ETC's. Each run is trained and graded in about six minutes on one core, as many at a time as there are cores, and leaves a
-line in the file of results; what has its line there is not run again.
+ETC's. Each run is trained and graded in about six minutes on one core, as many at a time as there are cores, and leaves
+a line in the file of results; what has its line there is not run again.
 """
 
 import json
