@@ -1,14 +1,19 @@
 """Speed and memory, ours beside the peers: one command a question, every ratio from two things in one run.
 
+    python bench.py tiny                 # what the newcomer waits for: python sample.py "a red circle moving right"
+    python bench.py step                 # a training step of configs/tiny.py, beside diffusers' UNet in a plain loop
     pip install torchcodec decord        # peers of `data`; torchcodec needs the system's ffmpeg
     python bench.py data                 # reading clips: 16 frames of 256x256 from 336x596 H.264
     pip install deepspeed ninja          # the peer of `optimizer`; it compiles itself at its first use
     python bench.py optimizer            # AdamW on the CPU, 100 M parameters
 """
 
+import json
 import math
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -18,9 +23,154 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from checkpoint import Parser, command_line
+from checkpoint import Parser, Settings, build, command_line
+from config import Config, read_config
+from grid import fold, grid_shape
 from media import View, cover, fit_frame, frames_at, opened
+from model import TINY, UNetConfig
 from offload import OffloadAdamW
+from sample import NoiseSchedule, pick_device
+from task import Denoising, loss_of, precision
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clocks
+
+
+def clock(device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turn(works: dict, device, seconds=120, rounds=20) -> dict[str, list[float]]:
+    """Seconds of each work, by name. They take turns, since a shared machine is now fast, now slow; a first round does
+    not count. It ends after so many rounds, or three once so many seconds are spent."""
+    spent, began = {name: [] for name in works}, time.perf_counter()
+    for n in range(rounds + 1):
+        for name, work in works.items():
+            start = clock(device)
+            work()
+            if n:
+                spent[name].append(clock(device) - start)
+        if n >= 3 and time.perf_counter() - began > seconds:
+            break
+    return spent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step of the tiny model, and the newcomer's first command
+
+
+def diffusers_unet(cfg: UNetConfig):
+    """diffusers' UNet2DConditionModel of our shape, without what ETC adds."""
+    from diffusers import UNet2DConditionModel
+
+    levels = range(len(cfg.channel_mult))
+    kinds = [("CrossAttn" if level in cfg.attention_levels else "") for level in levels]
+    widths = tuple(cfg.channels * m for m in cfg.channel_mult)
+    return UNet2DConditionModel(
+        block_out_channels=widths, layers_per_block=cfg.num_res_blocks, cross_attention_dim=cfg.context_dim,
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)), norm_num_groups=cfg.norm_groups,
+        attention_head_dim=tuple(cfg.heads(width) for width in widths),  # the name is theirs, the number is of heads
+        use_linear_projection=cfg.linear_projection)
+
+
+def tiny_batch(cfg: Config):
+    """Arguments of Denoising, random."""
+    B, side, text = cfg.batch_size, cfg.width // 8, TINY.text
+    latents, eps = torch.randn(B, cfg.frames, 4, side, side), torch.randn(B, 4, 4 * side, 4 * side)
+    return latents, torch.randint(text.vocab, (B, text.length)), torch.full((B,), 4.0), torch.arange(B) * 50, eps
+
+
+def our_step(cfg: Config, model, device):
+    """(name, what it does) of each part of a step of train.py."""
+    module, batch, losses = Denoising(model, cfg, model.text).to(device), tiny_batch(cfg), []
+    if device.type == "cpu":
+        module.to(memory_format=torch.channels_last)
+    optimizer = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr}], cfg.ema)
+    optimizer.attach(module)
+
+    def update():
+        optimizer.step(cfg.clip)
+        module.zero_grad(set_to_none=True)
+
+    return {"forward": lambda: losses.append(loss_of(cfg, module, batch, device).mean()),
+            "backward": lambda: losses.pop().backward(), "update": update}
+
+
+def plain_step(cfg: Config, model, device):
+    """The same with diffusers' UNet and moving average, and torch's clipping and AdamW with their defaults."""
+    from diffusers.training_utils import EMAModel
+
+    unet, text, losses = diffusers_unet(TINY.unet).to(device), model.text.to(device), []
+    params = [*unet.parameters(), *(p for p in text.parameters() if p.requires_grad)]
+    optimizer, average, schedule = torch.optim.AdamW(params, cfg.lr), EMAModel(params), NoiseSchedule(model.settings)
+    latents, tokens, _, t, eps = (x.to(device) for x in tiny_batch(cfg))
+    x0 = fold(latents, *grid_shape(cfg.frames))
+
+    def forward():
+        with precision(cfg, device):
+            output = unet(schedule.add_noise(x0, eps, t), t, text(tokens)).sample
+        losses.append(F.mse_loss(output.float(), schedule.target(x0, eps, t)))
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(params, cfg.clip)
+        optimizer.step()
+        average.step(params)
+        optimizer.zero_grad()
+
+    return {"forward": forward, "backward": lambda: losses.pop().backward(), "update": update}
+
+
+def command_step(args):
+    device, cfg = pick_device(None), read_config(os.path.join(HERE, "configs", "tiny.py"), [])
+    models = [build(TINY, Settings(prediction="v")) for _ in range(2)]
+    parts = {"diffusers": plain_step(cfg, models[0], device), "ours": our_step(cfg, models[1], device)}
+    spent = in_turn({(name, part): work for name, step in parts.items() for part, work in step.items()}, device)
+    whole = {name: np.sum([spent[name, part] for part in parts[name]], axis=0) for name in parts}
+    for name, seconds in whole.items():
+        middle = {part: statistics.median(spent[name, part]) * 1e3 for part in parts[name]}
+        print(f"  {name:10} {statistics.median(seconds) * 1e3:7.1f} ms a step  "
+              f"{np.median(whole['diffusers'] / seconds):5.2f}x   "
+              + "  ".join(f"{part} {ms:.0f}" for part, ms in middle.items()))
+
+
+NEWCOMER = """
+import json, time
+began = time.perf_counter()
+import sample
+clock = [time.perf_counter()]
+model = sample.load(sample.SHIPPED)
+clock.append(time.perf_counter())
+def step(i, *rest):
+    if i in (0, 49): clock.append(time.perf_counter())
+video = sample.generate(model, ["a red circle moving right"], progress=step)
+clock.append(time.perf_counter())
+sample.write_video("video.mp4", video[0], 4, {})
+clock.append(time.perf_counter())
+print(json.dumps([b - a for a, b in zip([began, *clock], clock)]))
+"""
+
+
+def command_tiny(args):
+    """The whole command, and where the time goes: one run that does not count, then medians of five."""
+    names = ("import", "load", "text and first step", "49 steps", "decode", "write")
+    wholes, parts = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(6):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "a red circle moving right", "--out",
+                            os.path.join(folder, f"{n}.mp4")], check=True, capture_output=True)
+            wholes.append(time.perf_counter() - began)
+            done = subprocess.run([sys.executable, "-c", NEWCOMER], check=True, capture_output=True, cwd=folder,
+                                  env=os.environ | {"PYTHONPATH": HERE}, text=True)
+            parts.append(json.loads(done.stdout))
+    print(f"python sample.py: {statistics.median(wholes[1:]):.1f} s; inside, "
+          + ", ".join(f"{name} {statistics.median(s):.1f}" for name, s in zip(names, zip(*parts[1:]))))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading clips
@@ -179,8 +329,11 @@ def command_optimizer(args):
 def main():
     parser = Parser(description="Speed and memory, ours beside the peers.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("data", help="reading clips, beside torchcodec and decord").set_defaults(run=command_data)
-    commands.add_parser("optimizer", help="AdamW on the CPU, beside DeepSpeed").set_defaults(run=command_optimizer)
+    for name, run, what in (("tiny", command_tiny, "what the newcomer waits for"),
+                            ("step", command_step, "a training step of configs/tiny.py, beside diffusers' UNet"),
+                            ("data", command_data, "reading clips, beside torchcodec and decord"),
+                            ("optimizer", command_optimizer, "AdamW on the CPU, beside DeepSpeed")):
+        commands.add_parser(name, help=what).set_defaults(run=run)
     args = parser.parse_args()
     args.run(args)
 
