@@ -173,8 +173,9 @@ def true_loss(cfg: Config, model, fps: float, said=None) -> float:
 BASE = ("ablation_image", "ablation_compare", "ablation_sheets")  # configs, each of which goes on from the one before
 
 
-def prepare():
-    """Make what is not there yet of what all runs share: the text-to-image model, and the data encoded ahead."""
+def prepare_runs() -> Config:
+    """Make what is not there yet of what all runs share, the text-to-image model and the data encoded ahead -> their
+    config."""
     for name in BASE:
         cfg = read_config(os.path.join(CONFIGS, name + ".py"), [])
         if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
@@ -188,7 +189,7 @@ def prepare():
 def ablate(results: str, score):
     """Every variant with every seed that has no line in the file of results yet.
 
-    Each has one core, and there are as many at a time as cores: two cores do more so than when one run has both.
+    There are as many at a time as cores, each on one: a run gains little from a second core.
 
     score  (model, FPS values) -> dict of what to note of it; goes to other processes, so it must be a module's function
     """
@@ -196,14 +197,14 @@ def ablate(results: str, score):
     todo = [(variant, seed) for seed in range(SEEDS) for variant in VARIANTS if (variant.name, seed) not in done]
     if not todo:
         return
-    cfg = prepare()
+    cfg = prepare_runs()
     cores = torch.get_num_threads()
     workers = 1 if torch.cuda.is_available() else cores
     print(f"runs: {len(todo)}, {workers} at a time; what they say goes to {cfg.out_dir}/*/log", flush=True)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (cores // workers,)) as pool:
         try:
-            for n, run in enumerate(as_completed([pool.submit(one_run, cfg, *it, score) for it in todo]), 1):
-                result = run.result()
+            for n, future in enumerate(as_completed([pool.submit(one_run, cfg, *it, score) for it in todo]), 1):
+                result = future.result()
                 with open(results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
                 print(f"{n} of {len(todo)}: {result['variant']}, seed {result['seed']}", flush=True)
@@ -323,11 +324,11 @@ def figure(results: list[dict], path: str):
     from matplotlib.figure import Figure  # of the extra `dev`
 
     drawing = Figure(figsize=(11, 7), layout="constrained")
-    axes = list(drawing.subplots(2, 2).flat)
-    draw_table(axes[0], rows_of(results))
-    draw_sizes(axes[1], rows_of(results))
-    draw_speeds(axes[2], rows_of(results), speeds(results))
-    draw_losses(axes[3], rows_of(results), steps(results))
+    axes, rows = list(drawing.subplots(2, 2).flat), rows_of(results)
+    draw_table(axes[0], rows)
+    draw_sizes(axes[1], rows)
+    draw_speeds(axes[2], rows, speeds(results))
+    draw_losses(axes[3], rows, steps(results))
     for panel in axes:
         panel.legend(fontsize=8, ncols=2)
     drawing.savefig(path, dpi=100)

@@ -23,14 +23,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from checkpoint import Parser, Settings, build, command_line
+from account import setting
+from checkpoint import Parser, command_line
 from config import Config, read_config
-from grid import fold, grid_shape
+from grid import fold
 from media import View, cover, fit_frame, frames_at, opened
 from model import TINY, UNetConfig
 from offload import OffloadAdamW
-from sample import NoiseSchedule, pick_device
-from task import Denoising, loss_of, precision
+from sample import pick_device
+from task import loss_of, precision
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -44,18 +45,16 @@ def clock(device) -> float:
     return time.perf_counter()
 
 
-def in_turn(works: dict, device, seconds=120, rounds=20) -> dict[str, list[float]]:
+def in_turn(works: dict, device, rounds=20) -> dict[str, list[float]]:
     """Seconds of each work, by name. They take turns, since a shared machine is now fast, now slow; a first round does
-    not count. It ends after so many rounds, or three once so many seconds are spent."""
-    spent, began = {name: [] for name in works}, time.perf_counter()
+    not count."""
+    spent = {name: [] for name in works}
     for n in range(rounds + 1):
         for name, work in works.items():
             start = clock(device)
             work()
             if n:
                 spent[name].append(clock(device) - start)
-        if n >= 3 and time.perf_counter() - began > seconds:
-            break
     return spent
 
 
@@ -78,19 +77,13 @@ def diffusers_unet(cfg: UNetConfig):
         use_linear_projection=cfg.linear_projection)
 
 
-def tiny_batch(cfg: Config):
-    """Arguments of Denoising, random."""
-    B, side, text = cfg.batch_size, cfg.width // 8, TINY.text
-    latents, eps = torch.randn(B, cfg.frames, 4, side, side), torch.randn(B, 4, 4 * side, 4 * side)
-    return latents, torch.randint(text.vocab, (B, text.length)), torch.full((B,), 4.0), torch.arange(B) * 50, eps
-
-
-def our_step(cfg: Config, model, device):
+def our_step(cfg: Config, device):
     """(name, what it does) of each part of a step of train.py."""
-    module, batch, losses = Denoising(model, cfg, model.text).to(device), tiny_batch(cfg), []
+    with device:
+        module, batch, _ = setting(cfg, TINY)
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
-    optimizer = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr}], cfg.ema)
+    optimizer, losses = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr}], cfg.ema), []
     optimizer.attach(module)
 
     def update():
@@ -101,15 +94,16 @@ def our_step(cfg: Config, model, device):
             "backward": lambda: losses.pop().backward(), "update": update}
 
 
-def plain_step(cfg: Config, model, device):
+def plain_step(cfg: Config, device):
     """The same with diffusers' UNet and moving average, and torch's clipping and AdamW with their defaults."""
     from diffusers.training_utils import EMAModel
 
-    unet, text, losses = diffusers_unet(TINY.unet).to(device), model.text.to(device), []
+    with device:
+        ours, (latents, tokens, _, t, eps), _ = setting(cfg, TINY)
+        unet, losses = diffusers_unet(TINY.unet), []
+    x0, text, schedule = fold(latents, *ours.grid), ours.text, ours.schedule
     params = [*unet.parameters(), *(p for p in text.parameters() if p.requires_grad)]
-    optimizer, average, schedule = torch.optim.AdamW(params, cfg.lr), EMAModel(params), NoiseSchedule(model.settings)
-    latents, tokens, _, t, eps = (x.to(device) for x in tiny_batch(cfg))
-    x0 = fold(latents, *grid_shape(cfg.frames))
+    optimizer, average = torch.optim.AdamW(params, cfg.lr), EMAModel(params)
 
     def forward():
         with precision(cfg, device):
@@ -127,8 +121,7 @@ def plain_step(cfg: Config, model, device):
 
 def command_step(args):
     device, cfg = pick_device(None), read_config(os.path.join(HERE, "configs", "tiny.py"), [])
-    models = [build(TINY, Settings(prediction="v")) for _ in range(2)]
-    parts = {"diffusers": plain_step(cfg, models[0], device), "ours": our_step(cfg, models[1], device)}
+    parts = {"diffusers": plain_step(cfg, device), "ours": our_step(cfg, device)}
     spent = in_turn({(name, part): work for name, step in parts.items() for part, work in step.items()}, device)
     whole = {name: np.sum([spent[name, part] for part in parts[name]], axis=0) for name in parts}
     for name, seconds in whole.items():
