@@ -34,6 +34,7 @@ class Config:
     toy_clips: int = 864  # videos
     toy_images: int = 16  # images a label
     toy_captioned: int = 720  # captioned images
+    toy_moving: bool = False  # half of both are of something that moves, and say so
     video: str = ""  # list of clips; what lists may be is said in data.py
     label: str = ""  # folder of folders of images, or a file of their names
     caption: str = ""  # list of captioned images

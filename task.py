@@ -70,7 +70,7 @@ def data_lists(cfg: Config, render=True) -> dict[str, str]:
         if render and not os.path.exists(cfg.toy):
             try:
                 toy.render(cfg.toy, clips=cfg.toy_clips, images=cfg.toy_images, captioned=cfg.toy_captioned,
-                           size=cfg.width, progress=Progress("render the toy world"))
+                           moving=cfg.toy_moving, size=cfg.width, progress=Progress("render the toy world"))
             except toy.ToyError as error:
                 raise UserError(f"the toy world: {error}") from error
         files = {"video": "videos.csv", "label": "labels", "caption": "images.jsonl"}

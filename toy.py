@@ -1,6 +1,6 @@
 """The toy world: one coloured shape moving over a flat background. Renders its files, and grades videos of it.
 
-    python toy.py DIR [--seed S] [--clips N] [--images N] [--captioned N] [--size PX]
+    python toy.py DIR [--seed S] [--clips N] [--images N] [--captioned N] [--moving] [--size PX]
 
 It takes the place of WebVid, CIFAR-like labelled images and captioned images where nothing may be downloaded, and
 every prompt of it has a right answer, so what a model made of a prompt can be graded.
@@ -166,21 +166,24 @@ def write_mp4(path, frames):
         file.mux(stream.encode(None))
 
 
-def _sample(seed, kind, index, subject, direction, background, times, size):
-    """(frames, caption) of one file, a function of (seed, kind, index) alone, so of no thread's luck."""
-    rng = np.random.default_rng([seed, kind, index])
+def _sample(world, kind, index, subject, direction, background, times):
+    """(frames, caption) of one file, a function of (world, kind, index) alone, so of no thread's luck. Without times it
+    is one frame, at any moment."""
+    rng, size = np.random.default_rng([world["seed"], kind, index]), world["size"]
+    if times is None:
+        times = rng.uniform(0, SECONDS, 1) if direction else [0]
     frames = draw(*subject, background, trajectory(direction, times, rng, size), size)
     named = None if rng.random() < 0.25 else background  # so that prompts without a background work too
     return frames, caption(*subject, direction, named)
 
 
-def _video(root, seed, index, size):
+def _video(root, index, world):
     """Writes clip number index, returns its row of videos.csv. Any 54 in a row show every triple, 216 also on all."""
     train = triples("train")
     *subject, direction = train[index % len(train)]
     background = list(BACKGROUNDS)[(index + index // len(train)) % len(BACKGROUNDS)]
-    frames, name = _sample(seed, 0, index, subject, direction, background,
-                           np.arange(SECONDS * CLIP_FPS) / CLIP_FPS, size)
+    times = np.arange(SECONDS * CLIP_FPS) / CLIP_FPS
+    frames, name = _sample(world, 0, index, subject, direction, background, times)
     page, number = f"{index // 50 * 50 + 1:06d}_{index // 50 * 50 + 50:06d}", f"{index + 1:08d}"
     url = f"videos/{page}/{number}.mp4"
     os.makedirs(os.path.join(root, "videos", page), exist_ok=True)
@@ -188,40 +191,51 @@ def _video(root, seed, index, size):
     return [number, url, f"PT00H00M{SECONDS:02d}S", page, name]
 
 
-def _still(index):
-    """(subject, background) of still number index: all 18 x 4 in 72 in a row."""
+def _still(index, world):
+    """(subject, direction, background) of still number index: all 18 x 4 of subject and background in 72 in a row.
+    With `moving`, of every other 72 the subject moves in one of its trained directions; else the direction is None."""
     pairs = [(color, shape) for color in COLORS for shape in SHAPES]
-    return pairs[index % len(pairs)], list(BACKGROUNDS)[(index + index // len(pairs)) % len(BACKGROUNDS)]
+    subject, turn = pairs[index % len(pairs)], index // len(pairs)
+    trained = [direction for *pair, direction in triples("train") if tuple(pair) == subject]
+    direction = trained[turn % len(trained)] if world["moving"] and index // 72 % 2 else None
+    return subject, direction, list(BACKGROUNDS)[(index + turn) % len(BACKGROUNDS)]
 
 
-def _labelled(root, seed, index, size):
+def _labelled(root, index, world):
     """Writes labelled image number index into the folder of its label."""
-    subject, background = _still(index)
-    frames, _ = _sample(seed, 1, index, subject, None, background, [0], size)
-    folder = os.path.join(root, "labels", caption(*subject, None, background))
+    labels = _labels(world)
+    subject, direction, background = _still(index % labels, world)
+    frames, _ = _sample(world, 1, index, subject, direction, background, None)
+    folder = os.path.join(root, "labels", caption(*subject, direction, background))
     os.makedirs(folder, exist_ok=True)
-    write_png(os.path.join(folder, f"{index // 72:03d}.png"), frames[0])
+    write_png(os.path.join(folder, f"{index // labels:03d}.png"), frames[0])
 
 
-def _captioned(root, seed, index, size):
+def _labels(world):
+    """How many labels there are."""
+    return 144 if world["moving"] else 72
+
+
+def _captioned(root, index, world):
     """Writes captioned image number index, returns its line of images.jsonl."""
-    subject, background = _still(index)
-    frames, text = _sample(seed, 2, index, subject, None, background, [0], size)
+    frames, text = _sample(world, 2, index, *_still(index, world), None)
     path = f"images/{index:05d}.png"
     write_png(os.path.join(root, path), frames[0])
     return {"path": path, "caption": text}
 
 
-def render(folder, seed=0, clips=432, images=16, captioned=720, size=SIZE, progress=None, workers=None):
+def render(folder, seed=0, clips=432, images=16, captioned=720, size=SIZE, moving=False, progress=None, workers=None):
     """Renders a world into folder, which must be absent or empty; the same seed makes the same files.
 
         videos.csv, videos/<page_dir>/<videoid>.mp4   clips of training triples, in WebVid's form
-        labels/<label>/000.png                        images of each of the 72 labels
+        labels/<label>/000.png                        images of each of the 72 labels; 144 if `moving`
         images.jsonl, images/00000.png                captioned images
         world.json                                    seed, counts, size
 
-    clips and captioned are totals, images counts per label; size is even and at least 16. progress(done, total) is
-    called after each file. Raises ToyError for arguments that make no world, OSError for a folder not to be written.
+    clips and captioned are totals, images counts per label; size is even and at least 16. With `moving` half of the
+    images are of something that moves, and their labels and captions say so: only they can tell a model what a prompt
+    of motion looks like at FPS 0 and 120. progress(done, total) is called after each file. Raises ToyError for
+    arguments that make no world, OSError for a folder not to be written.
     """
     folder = os.path.abspath(folder)
     if min(seed, clips, images, captioned) < 0:
@@ -234,7 +248,8 @@ def render(folder, seed=0, clips=432, images=16, captioned=720, size=SIZE, progr
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(os.path.join(part, "images"))
     try:
-        world = {"seed": seed, "clips": clips, "images": images, "captioned": captioned, "size": size}
+        world = {"seed": seed, "clips": clips, "images": images, "captioned": captioned, "size": size,
+                 "moving": moving}
         _write(part, world, progress, workers or os.cpu_count())
         if os.path.isdir(folder):
             os.rmdir(folder)
@@ -245,12 +260,13 @@ def render(folder, seed=0, clips=432, images=16, captioned=720, size=SIZE, progr
 
 def _write(root, world, progress, workers):
     """Writes every file of a world. Threads do, for PyAV and numpy release the interpreter while they work."""
-    jobs = [(make, i) for make, count in ((_video, world["clips"]), (_labelled, 72 * world["images"]),
-                                          (_captioned, world["captioned"])) for i in range(count)]
+    labelled = _labels(world) * world["images"]
+    counts = (_video, world["clips"]), (_labelled, labelled), (_captioned, world["captioned"])
+    jobs = [(make, i) for make, count in counts for i in range(count)]
     made = []
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for result in pool.map(lambda job: job[0](root, world["seed"], job[1], world["size"]), jobs):
+            for result in pool.map(lambda job: job[0](root, job[1], world), jobs):
                 made.append(result)
                 if progress:
                     progress(len(made), len(jobs))
@@ -465,6 +481,7 @@ def main():
     parser.add_argument("--clips", type=int, default=432, metavar="N", help="videos (432)")
     parser.add_argument("--images", type=int, default=16, metavar="N", help="labelled images of each label (16)")
     parser.add_argument("--captioned", type=int, default=720, metavar="N", help="captioned images (720)")
+    parser.add_argument("--moving", action="store_true", help="half of the images are of something that moves")
     parser.add_argument("--size", type=int, default=SIZE, metavar="PX", help=f"pixels a side ({SIZE})")
 
     def progress(done, total):

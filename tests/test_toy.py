@@ -210,7 +210,7 @@ def test_images_and_labels_are_true(world):
         grade = toy.grade(image)
         assert direction is None
         assert answers(grade) == (color, shape, None, background or grade.background, False), text
-    assert json.loads((world / "world.json").read_text()) == {"seed": 3, "size": 64, **SMALL}
+    assert json.loads((world / "world.json").read_text()) == {"seed": 3, "size": 64, "moving": False, **SMALL}
 
 
 def test_png_is_lossless(tmp_path):
@@ -245,6 +245,25 @@ def test_every_combination_is_drawn_and_a_quarter_is_short(tmp_path, monkeypatch
     texts = [json.loads(line)["caption"] for line in open(tmp_path / "w" / "images.jsonl")]
     for captions in ([row[4] for row in rows], texts):
         assert 0.19 < np.mean(["background" not in text for text in captions]) < 0.31
+
+
+def test_half_of_the_stills_can_be_of_what_moves(tmp_path):
+    toy.render(tmp_path / "w", clips=0, images=1, captioned=720, moving=True)
+    lines = [json.loads(line) for line in open(tmp_path / "w" / "images.jsonl")]
+    stills = [(tmp_path / "w" / line["path"], line["caption"]) for line in lines]
+    labels = [(path, path.parent.name) for path in sorted((tmp_path / "w" / "labels").glob("*/*.png"))]
+    assert len(labels) == len(set(label for _, label in labels)) == 144
+    along = []
+    for pairs in (stills, labels):
+        asked = [(path, *toy.expected(text)) for path, text in pairs]
+        moving = [(path, triple) for path, *triple, _ in asked if triple[2]]
+        assert len(moving) == len(pairs) / 2 and {tuple(triple) for _, triple in moving} <= set(toy.triples("train"))
+        for path, (color, shape, direction) in moving:
+            grade = toy.grade(read(path))
+            assert (grade.color, grade.shape) == (color, shape)
+            along.append(grade.centers[0] @ np.abs(toy.DIRECTIONS[direction]))
+    assert {tuple(toy.expected(text)[:3]) for _, text in stills if "moving" in text} == set(toy.triples("train"))
+    assert np.histogram(along, 5, (6, 58))[0].min() > 50  # at any moment of the motion
 
 
 def test_half_a_world_is_never_there(tmp_path, monkeypatch):
