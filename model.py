@@ -287,6 +287,7 @@ class UNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.checkpointing = False  # recompute each block's activations in backward instead of keeping them
+        self.mixed = {}  # the mixed embedding of the last grid
         emb_dim = 4 * cfg.channels
         self.time_embed = nn.Sequential(nn.Linear(cfg.channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         if cfg.fps_embedding:
@@ -370,9 +371,8 @@ class UNet(nn.Module):
             raise ValueError(f"the UNet needs latent sides divisible by {factor}, not {H} x {W} (height x width)")
         emb = self.embedding(t, fps)
         if grid is not None and self.cfg.mixed_embedding:
-            rows, cols = grid
             # 4.1.2: "the ME must be added to the noise before any attention or convolutional modules"; fp32
-            x = x.float() + mixed_embedding(rows, cols, H // rows, W // cols, C).to(x.device)
+            x = x.float() + self.mixed_embedding(*grid, H, W, C, x.device)
         if isinstance(context, torch.Tensor):
             context = self.encode_context(context)
 
@@ -386,6 +386,13 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, kvs)
         return self.out(h)
+
+    def mixed_embedding(self, rows, cols, H, W, C, device):
+        """Made once a grid, not once a step: for 16 frames of 32 x 32 it takes 1.5 ms, and the way to a GPU."""
+        key = rows, cols, H, W, C, device
+        if key not in self.mixed:
+            self.mixed = {key: mixed_embedding(rows, cols, H // rows, W // cols, C).to(device)}
+        return self.mixed[key]
 
     def run(self, block, h, emb, kvs):
         kv = next(kvs) if any(isinstance(layer, SpatialTransformer) for layer in block) else None

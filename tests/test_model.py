@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from checkpoint import load
+from embed import mixed_embedding
 from model import SD15, SD21, TextConfig, TextEncoder, UNet, attention, attention_by_parts, split_heads
 
 FAMILIES = ("SD 1", "SD 2")
@@ -133,6 +134,22 @@ def test_fresh_fps_branch_changes_nothing_to_the_bit(pair, dtype):
         assert not torch.equal(unets[True](x, t, context.to(dtype), fps, (2, 2)), plain)
         torch.nn.init.ones_(unets[False].fps_proj[-1].bias)
         assert not torch.equal(unets[False](x, t, context.to(dtype), fps, (2, 2)), plain)
+
+
+def test_the_mixed_embedding_is_that_of_the_grid_asked_for(pair):
+    """It is kept from call to call: after any other grid and size it must be the right one again."""
+    unet, kept = UNet(replace(pair[1].unet.cfg, mixed_embedding=True)).eval(), []
+    plain = UNet(replace(unet.cfg, mixed_embedding=False)).eval()
+    plain.load_state_dict(unet.state_dict())
+    torch.nn.init.normal_(unet.out[2].weight, generator=torch.Generator().manual_seed(0))
+    plain.out[2].weight = unet.out[2].weight
+    for sides, (rows, cols) in (((16, 16), (2, 2)), ((16, 16), (1, 4)), ((16, 32), (2, 2)), ((16, 16), (2, 2))):
+        x, t, context = inputs(*sides)
+        position = mixed_embedding(rows, cols, sides[0] // rows, sides[1] // cols, 4)
+        with torch.no_grad():
+            kept.append(unet(x, t, context, None, (rows, cols)))
+            assert torch.equal(kept[-1], plain(x + position, t, context))
+    assert torch.equal(kept[0], kept[3]) and not torch.equal(kept[0], kept[1])
 
 
 def test_latent_sides_that_cannot_be_halved_are_refused(pair):
