@@ -1,13 +1,20 @@
-"""Speed and memory, ours beside the peers: one command a question, every ratio from two things in one run.
+"""Speed and memory, ours beside the peers: one command a question, every ratio from things that took turns in one run.
 
     python bench.py tiny                 # what the newcomer waits for: python sample.py "a red circle moving right"
     python bench.py step                 # a training step of configs/tiny.py, beside diffusers' UNet in a plain loop
+    python bench.py unet                 # SD 2.1's UNet beside diffusers', and where its time goes
+    python bench.py video                # 50 guided steps of 16x256x256, beside ModelScope and AnimateDiff
+    python bench.py attention            # the paper's Table 3 and Figure 10; our attention beside the fused kernel
+    python bench.py scale                # time and memory against the number of frames and their size
     pip install torchcodec decord        # peers of `data`; torchcodec needs the system's ffmpeg
     python bench.py data                 # reading clips: 16 frames of 256x256 from 336x596 H.264
     pip install deepspeed ninja          # the peer of `optimizer`; it compiles itself at its first use
     python bench.py optimizer            # AdamW on the CPU, 100 M parameters
+
+The first GPU is used where there is one, else the CPU, on which unet, video and scale take many minutes.
 """
 
+import functools
 import json
 import math
 import os
@@ -22,59 +29,251 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from account import setting
-from checkpoint import Parser, command_line
+import peers
+from account import Account, setting, size_of
+from checkpoint import Parser, Settings, build, command_line
 from config import Config, read_config
-from grid import fold
-from media import View, cover, fit_frame, frames_at, opened
-from model import TINY, UNetConfig
+from grid import fold, grid_shape
+from model import SD21, TINY, UNet, attention
 from offload import OffloadAdamW
-from sample import pick_device
+from sample import DTYPES, NoiseSchedule, denoise, pick_device
 from task import loss_of, precision
+from timing import arithmetic, ceilings, default_dtype, flop_of, in_turn, operators_table, parts_table, report, unfilled
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Clocks
+# The UNet of Stable Diffusion 2.1
 
 
-def clock(device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def unet_input(device, dtype, h, w, batch=1, context_dim=1024):
+    """x, t and context of a UNet."""
+    g = torch.Generator().manual_seed(0)
+    x, context = torch.randn(batch, 4, h, w, generator=g), torch.randn(batch, 77, context_dim, generator=g)
+    return x.to(device, dtype), torch.full((batch,), 500, device=device), context.to(device, dtype)
 
 
-def in_turn(works: dict, device, rounds=20) -> dict[str, list[float]]:
-    """Seconds of each work, by name. They take turns, since a shared machine is now fast, now slow; a first round does
-    not count."""
-    spent = {name: [] for name in works}
-    for n in range(rounds + 1):
-        for name, work in works.items():
-            start = clock(device)
-            work()
-            if n:
-                spent[name].append(clock(device) - start)
-    return spent
+def forward_of(unet, inputs):
+    def work():
+        with torch.no_grad():
+            unet(*inputs)
+    return work
+
+
+def backward_of(unet, inputs):
+    def work():
+        output = unet(*inputs)
+        getattr(output, "sample", output).square().mean().backward()
+        unet.zero_grad()
+    return work
+
+
+def command_unet(args):
+    device = pick_device(None)
+    usual = ["float32", "bfloat16"] if device.type == "cpu" else ["float16", "bfloat16"]
+    for dtype in (DTYPES[name] for name in ([args.dtype] if args.dtype else usual)):
+        with device, default_dtype(dtype):
+            theirs = peers.diffusers_unet(SD21.unet)
+        unets = {"diffusers": theirs, "ours": peers.ours_with_weights_of(theirs, peers.plain(SD21.unet))}
+        if args.compile:
+            unets |= {f"{name}, compiled": torch.compile(unet) for name, unet in unets.items()}
+        for side in [args.side] if args.side else (64, 128):
+            inputs = unet_input(device, dtype, side, side, args.batch)
+            for what, kind in (("forward", forward_of), ("forward and backward", backward_of)):
+                with unfilled(unets["ours"], inputs) as fakes:
+                    flop = flop_of(kind(*fakes))
+                ceiling = arithmetic(device, dtype)
+                print(f"{what}, {str(dtype)[6:]}, {args.batch} x {side}x{side}: {flop / 1e12:.2f} TFLOP", flush=True)
+                report(in_turn({name: kind(unet, inputs) for name, unet in unets.items()}, device, seconds=60),
+                       "diffusers", dict.fromkeys(unets, flop), ceiling)
+            parts_table(unets["ours"], inputs, ceilings(device, dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A video
+
+
+# (UNet, shape of the context of both halves of guidance): AnimateDiff wants it once a frame
+VIDEO_UNETS = {"ModelScope (3-D UNet)": (peers.modelscope_unet, (2, 77, 1024)),
+               "AnimateDiff (motion modules)": (peers.animatediff_unet, (32, 77, 768))}
+
+
+def command_video(args):
+    """A step is one forward of both halves of guidance and DDIM's update."""
+    device = pick_device(None)
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    steps = 50 if device.type == "cuda" else 2  # on a CPU the other 48 are extrapolated
+    with device, default_dtype(dtype):
+        model = build(SD21, Settings())
+        works = {name: pipeline(make(), text, steps, device, dtype) for name, (make, text) in VIDEO_UNETS.items()}
+    works["ours (grid)"] = our_video(model, steps, device, dtype)
+    flop = {name: steps * flop_of_step(make, (2, 4, 16, 32, 32), text) for name, (make, text) in VIDEO_UNETS.items()}
+    flop["ours (grid)"] = steps * flop_of_step(lambda: UNet(SD21.unet), (2, 4, 128, 128), (2, 77, 1024))
+    ceiling = arithmetic(device, dtype)
+    spent = in_turn(works, device, seconds=60, rounds=5)
+    latents = torch.randn(16, 4, 32, 32).to(device, dtype)
+    decoding = statistics.median(in_turn({"": forward_of(model.vae.decode, (latents,))}, device, 2)[""])
+    print(f"{steps} guided steps of 16 frames of 256x256, {str(dtype)[6:]}; the VAE takes {decoding:.1f} s for all")
+    report(spent, "ModelScope (3-D UNet)", flop, ceiling)
+    how = "measured" if steps == 50 else f"extrapolated from {steps} steps"
+    for name, seconds in spent.items():
+        print(f"  {name:30} {16 / (statistics.median(seconds) * 50 / steps + decoding):7.4f} frames/s, 50 steps, {how}")
+
+
+def our_video(model, steps, device, dtype):
+    noise, _, context = unet_input(device, dtype, 128, 128, 2)
+    condition, schedule = torch.full((1,), 8.0, device=device), NoiseSchedule(model.settings)
+
+    def work():
+        run = denoise(model.unet, schedule, noise[:1].float(), *context.split(1), condition, (4, 4))
+        for _ in range(steps):
+            next(run)
+    return work
+
+
+def pipeline(unet, text, steps, device, dtype):
+    """What diffusers' pipelines do."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(50)
+    noise, context = torch.randn(1, 4, 16, 32, 32).to(device), torch.randn(text).to(device, dtype)
+
+    def work():
+        x = noise
+        with torch.no_grad():
+            for t in scheduler.timesteps[:steps]:
+                output = unet(torch.cat([x, x]).to(dtype), t, encoder_hidden_states=context).sample.float()
+                without, with_prompt = output.chunk(2)
+                x = scheduler.step(without + 7.0 * (with_prompt - without), t, x).prev_sample
+    return work
+
+
+def flop_of_step(make, latents, text) -> int:
+    with FakeTensorMode(), torch.no_grad():
+        unet, inputs = make(), (torch.zeros(latents), torch.zeros(2), torch.zeros(text))
+        return flop_of(lambda: unet(*inputs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+HEADS, HEAD_WIDTH, TOKENS = 5, 64, 1 << 14  # SD 2.1's first level on the 128x128 grid
+
+
+def query_key_value(batch, heads, tokens, device, dtype):
+    g = torch.Generator().manual_seed(0)
+    shape = batch, tokens, heads, HEAD_WIDTH
+    return [torch.randn(shape, generator=g).to(device, dtype).transpose(1, 2) for _ in range(3)]
+
+
+def command_attention(args):
+    device = pick_device(None)
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    with torch.no_grad():
+        kernels(device, dtype)
+        table_3(device, dtype)
+        figure_10(device, dtype)
+
+
+def kernels(device, dtype):
+    q, k, v = query_key_value(1, HEADS, TOKENS, device, dtype)
+    works = {"fused kernel": lambda: F.scaled_dot_product_attention(q, k, v), "ours": lambda: attention(q, k, v)}
+    flop, ceiling = dict.fromkeys(works, 4 * HEADS * TOKENS**2 * HEAD_WIDTH), ceilings(device, dtype)["matmul"]
+    print(f"{TOKENS} tokens, {HEADS} heads of {HEAD_WIDTH}, {str(dtype)[6:]}")
+    report(in_turn(works, device, seconds=30), "fused kernel", flop, ceiling)
+    exact = F.scaled_dot_product_attention(*(x[:, :1].double() for x in (q, k, v)))
+    for name, work in works.items():
+        error = (work()[:, :1].double() - exact).norm() / exact.norm()
+        print(f"  {name:30} {error:.2%} from float64 (root mean square)")
+
+
+def table_3(device, dtype):
+    """One attention over the whole grid, beside one inside frames and one over time. At 512 pixels a frame has four
+    times the tokens of 256; the paper's table says twice."""
+    print("Table 3: one head of one layer, ms")
+    for name, T, inside in (("base, 16 x 256x256", 16, 1024), ("long, 32 x 256x256", 32, 1024),
+                            ("large, 16 x 512x512", 16, 4096), ("both, 32 x 512x512", 32, 4096)):
+        shapes = {"grid": (1, 1, T * inside), "frames": (T, 1, inside), "time": (inside, 1, T)}
+        inputs = {what: query_key_value(*shape, device, dtype) for what, shape in shapes.items()}
+        works = {what: functools.partial(attention, *qkv) for what, qkv in inputs.items()}
+        ms = {what: statistics.median(s) * 1e3 for what, s in in_turn(works, device, 5, seconds=10).items()}
+        print(f"  {name:22} grid {ms['grid']:9.2f}   frames {ms['frames']:8.2f} + time {ms['time']:7.2f}   "
+              f"{ms['grid'] / (ms['frames'] + ms['time']):5.1f}x", flush=True)
+
+
+def figure_10(device, dtype):
+    print(f"Figure 10: {TOKENS} tokens in B groups: time and receptive field, of those of one group")
+    groups = [1 << n for n in range(0, 15, 2)]
+    works = {B: functools.partial(attention, *query_key_value(B, 1, TOKENS // B, device, dtype)) for B in groups}
+    spent = in_turn(works, device, 10)
+    for B in groups:
+        print(f"  B = {B:5}  time {np.median(np.divide(spent[B], spent[1])):7.2%}  receptive field {1 / B:7.2%}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames and their size
+
+LONGEST = 60  # seconds of a forward up to which it is measured
+
+
+def command_scale(args):
+    """A forward of one half of guidance. Seconds are fitted as a n + b n², n being the latent pixels of the grid:
+    convolutions and linear layers, and attention."""
+    device = pick_device(None)
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    with device, default_dtype(dtype):
+        unet = UNet(SD21.unet)
+    points = []
+    cases = [(T, width, height) for width, height in ((128, 128), (256, 160), (256, 256), (512, 512))
+             for T in (4, 16, 32, 64, 256)]
+    for T, width, height in sorted(cases, key=math.prod):
+        grid = grid_shape(T)
+        h, w = grid[0] * height // 8, grid[1] * width // 8
+        memory, seconds, how = peak_memory(h, w, grid), fitted(points, h * w), "fitted"
+        if len(points) < 3 or seconds < LONGEST:
+            inputs = *unet_input(device, dtype, h, w), torch.full((1,), 8.0, device=device), grid
+            seconds, how = min(in_turn({"": forward_of(unet, inputs)}, device, 5, seconds=10)[""]), "measured"
+            points.append((h * w, seconds))
+        print(f"  {T:4} frames of {width}x{height}  {h * w:8} latent pixels  {seconds:9.2f} s {how:9} "
+              f"{memory / 1e9:6.1f} GB", flush=True)
+    a, b = coefficients(points)
+    print(f"seconds = {a * 1e3:.3f} n / 1000 + {b * 1e6:.5f} (n / 1000)^2: half of them quadratic at n = {a / b:.0f}, "
+          f"where they grow as n^1.5; the fit is off by {error(points):.0%} (root mean square)")
+
+
+def peak_memory(h, w, grid) -> int:
+    """Bytes at the peak of sampling with guidance in fp16, counted without allocating them: the three networks, and the
+    larger of what a forward of both halves and decoding 16 frames take."""
+    with FakeTensorMode(), torch.no_grad(), Account() as account:
+        with default_dtype(torch.float16):
+            model = build(SD21, Settings())
+            inputs = torch.zeros(2, 4, h, w), torch.zeros(2), torch.zeros(2, 77, 1024), torch.zeros(2)
+            frames = torch.zeros(min(16, math.prod(grid)), 4, h // grid[0], w // grid[1])
+        weights = sum(size_of(part.parameters()) for part in model.parts().values())
+        return weights + max(account.during(lambda: model.unet(*inputs, grid)),
+                             account.during(lambda: model.vae.decode(frames)))
+
+
+def coefficients(points):
+    """a and b of seconds = a n + b n², by least squares of the relative error."""
+    n, seconds = np.array(points, dtype=float).T
+    return np.linalg.lstsq(np.stack([n / seconds, n**2 / seconds], 1), np.ones(len(n)), rcond=None)[0]
+
+
+def fitted(points, n) -> float:
+    a, b = coefficients(points) if len(points) > 1 else (0, 0)
+    return a * n + b * n**2
+
+
+def error(points) -> float:
+    return float(np.sqrt(np.mean([(fitted(points, n) / seconds - 1) ** 2 for n, seconds in points])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training step of the tiny model, and the newcomer's first command
-
-
-def diffusers_unet(cfg: UNetConfig):
-    """diffusers' UNet2DConditionModel of our shape, without what ETC adds."""
-    from diffusers import UNet2DConditionModel
-
-    levels = range(len(cfg.channel_mult))
-    kinds = [("CrossAttn" if level in cfg.attention_levels else "") for level in levels]
-    widths = tuple(cfg.channels * m for m in cfg.channel_mult)
-    return UNet2DConditionModel(
-        block_out_channels=widths, layers_per_block=cfg.num_res_blocks, cross_attention_dim=cfg.context_dim,
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)), norm_num_groups=cfg.norm_groups,
-        attention_head_dim=tuple(cfg.heads(width) for width in widths),  # the name is theirs, the number is of heads
-        use_linear_projection=cfg.linear_projection)
 
 
 def our_step(cfg: Config, device):
@@ -100,7 +299,7 @@ def plain_step(cfg: Config, device):
 
     with device:
         ours, (latents, tokens, _, t, eps), _ = setting(cfg, TINY)
-        unet, losses = diffusers_unet(TINY.unet), []
+        unet, losses = peers.diffusers_unet(TINY.unet), []
     x0, text, schedule = fold(latents, *ours.grid), ours.text, ours.schedule
     params = [*unet.parameters(), *(p for p in text.parameters() if p.requires_grad)]
     optimizer, average = torch.optim.AdamW(params, cfg.lr), EMAModel(params)
@@ -129,6 +328,8 @@ def command_step(args):
         print(f"  {name:10} {statistics.median(seconds) * 1e3:7.1f} ms a step  "
               f"{np.median(whole['diffusers'] / seconds):5.2f}x   "
               + "  ".join(f"{part} {ms:.0f}" for part, ms in middle.items()))
+    ceiling = ceilings(device, getattr(torch, cfg.dtype))
+    operators_table(lambda: [work() for work in parts["ours"].values()], device, ceiling)
 
 
 NEWCOMER = """
@@ -188,38 +389,10 @@ def write_scene(path: str, seed: int, seconds=20, rate=30, width=596, height=336
         file.mux(stream.encode())
 
 
-def read_ours(path: str, times) -> torch.Tensor:
-    with opened(path) as video:
-        return torch.stack([fit_frame(frame, video.aspect, SIDE, SIDE, View()) for frame in frames_at(video, times)])
-
-
-def resized(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 (T, 3, H, W) as a torchcodec or decord user would bring it to size: antialiased, on uint8, cropped."""
-    w, h = cover(frames.shape[-1], frames.shape[-2], SIDE, SIDE)
-    frames = F.interpolate(frames, (h, w), mode="bicubic", antialias=True)
-    top, left = (h - SIDE) // 2, (w - SIDE) // 2
-    return frames[..., top : top + SIDE, left : left + SIDE]
-
-
-def read_torchcodec(path: str, times) -> torch.Tensor:
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="approximate")
-    return resized(decoder.get_frames_played_at(list(times)).data)
-
-
-def read_decord(path: str, times) -> torch.Tensor:
-    import decord
-
-    reader = decord.VideoReader(path, num_threads=1)
-    frames = reader.get_batch([int(t * reader.get_avg_fps() + 1e-6) for t in times]).asnumpy()
-    return resized(torch.from_numpy(frames).permute(0, 3, 1, 2))
-
-
 def command_data(args):
     """Clips a second on one core, alternating between the readers; what they agree on is printed too."""
     torch.set_num_threads(1)
-    readers = {"ours": read_ours, "torchcodec": read_torchcodec, "decord": read_decord}
+    readers = {"ours": peers.read_ours, "torchcodec": peers.read_torchcodec, "decord": peers.read_decord}
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.join(folder, f"{n}.mp4") for n in range(CLIPS)]
@@ -234,7 +407,7 @@ def command_data(args):
                 clips = {}
                 for name, read in readers.items():
                     began = time.perf_counter()
-                    clips[name] = read(path, times)
+                    clips[name] = read(path, times, SIDE)
                     spent[name].append(time.perf_counter() - began)
                 difference = max(difference, (clips["ours"].float() - clips["torchcodec"].float()).abs().mean().item())
             rates = {name: 1 / statistics.median(seconds) for name, seconds in spent.items()}
@@ -265,14 +438,6 @@ def fresh_parameters() -> list[torch.nn.Parameter]:
     return params
 
 
-def whole_step(params, update, clip=1.0, scale=1024.0):
-    """Unscale, global norm, clip, update, as a loop around a plain optimizer does it."""
-    grads = [p.grad for p in params]
-    torch._foreach_mul_(grads, 1 / scale)
-    torch.nn.utils.clip_grad_norm_(params, clip, foreach=True)
-    update()
-
-
 def four_in_three_out(p, m, v, g):
     """The traffic of AdamW and none of its arithmetic."""
     p.add_(g)
@@ -298,8 +463,8 @@ def command_optimizer(args):
         "update: DeepSpeedCPUAdam": deepspeed.step,
         "update: torch's foreach": foreach.step,
         "whole: ours": lambda: ours.step(clip=1.0, scale=1024.0),
-        "whole: DeepSpeedCPUAdam": lambda: whole_step(sets["deepspeed"], deepspeed.step),
-        "whole: torch's foreach": lambda: whole_step(sets["foreach"], foreach.step),
+        "whole: DeepSpeedCPUAdam": lambda: peers.whole_step(sets["deepspeed"], deepspeed.step),
+        "whole: torch's foreach": lambda: peers.whole_step(sets["foreach"], foreach.step),
     }
     spent = {name: [] for name in steps}
     for n in range(REPEATS + 2):
@@ -324,9 +489,18 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, what in (("tiny", command_tiny, "what the newcomer waits for"),
                             ("step", command_step, "a training step of configs/tiny.py, beside diffusers' UNet"),
+                            ("unet", command_unet, "SD 2.1's UNet, beside diffusers'"),
+                            ("video", command_video, "16x256x256, beside ModelScope and AnimateDiff"),
+                            ("attention", command_attention, "the paper's Table 3 and Figure 10"),
+                            ("scale", command_scale, "time and memory against the number of frames and their size"),
                             ("data", command_data, "reading clips, beside torchcodec and decord"),
                             ("optimizer", command_optimizer, "AdamW on the CPU, beside DeepSpeed")):
         commands.add_parser(name, help=what).set_defaults(run=run)
+    unet = commands.choices["unet"]
+    unet.add_argument("--dtype", choices=DTYPES, help="only this one")
+    unet.add_argument("--side", type=int, choices=(64, 128), help="of the latent grid, only this one")
+    unet.add_argument("--batch", type=int, default=1, help="default: 1")
+    unet.add_argument("--compile", action="store_true", help="both also through torch.compile")
     args = parser.parse_args()
     args.run(args)
 
