@@ -48,10 +48,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # The UNet of Stable Diffusion 2.1
 
 
-def unet_input(device, dtype, h, w, batch=1, context_dim=1024):
+def unet_input(device, dtype, h, w, batch=1):
     """x, t and context of a UNet."""
     g = torch.Generator().manual_seed(0)
-    x, context = torch.randn(batch, 4, h, w, generator=g), torch.randn(batch, 77, context_dim, generator=g)
+    x, context = torch.randn(batch, 4, h, w, generator=g), torch.randn(batch, 77, 1024, generator=g)
     return x.to(device, dtype), torch.full((batch,), 500, device=device), context.to(device, dtype)
 
 
@@ -93,7 +93,6 @@ def command_unet(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A video
-
 
 # (UNet, shape of the context of both halves of guidance): AnimateDiff wants it once a frame
 VIDEO_UNETS = {"ModelScope (3-D UNet)": (peers.modelscope_unet, (2, 77, 1024)),
