@@ -106,7 +106,7 @@ def command_video(args):
     steps = 50 if device.type == "cuda" else 2  # on a CPU the other 48 are extrapolated
     with device, default_dtype(dtype):
         model = build(SD21, Settings())
-        works = {name: pipeline(make(), text, steps, device, dtype) for name, (make, text) in VIDEO_UNETS.items()}
+        works = {name: peers.pipeline(make(), text, steps, device, dtype) for name, (make, text) in VIDEO_UNETS.items()}
     works["ours (grid)"] = our_video(model, steps, device, dtype)
     flop = {name: steps * flop_of_step(make, (2, 4, 16, 32, 32), text) for name, (make, text) in VIDEO_UNETS.items()}
     flop["ours (grid)"] = steps * flop_of_step(lambda: UNet(SD21.unet), (2, 4, 128, 128), (2, 77, 1024))
@@ -129,24 +129,6 @@ def our_video(model, steps, device, dtype):
         run = denoise(model.unet, schedule, noise[:1].float(), *context.split(1), condition, (4, 4))
         for _ in range(steps):
             next(run)
-    return work
-
-
-def pipeline(unet, text, steps, device, dtype):
-    """What diffusers' pipelines do."""
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    scheduler.set_timesteps(50)
-    noise, context = torch.randn(1, 4, 16, 32, 32).to(device), torch.randn(text).to(device, dtype)
-
-    def work():
-        x = noise
-        with torch.no_grad():
-            for t in scheduler.timesteps[:steps]:
-                output = unet(torch.cat([x, x]).to(dtype), t, encoder_hidden_states=context).sample.float()
-                without, with_prompt = output.chunk(2)
-                x = scheduler.step(without + 7.0 * (with_prompt - without), t, x).prev_sample
     return work
 
 
@@ -231,29 +213,31 @@ def command_scale(args):
     for T, width, height in sorted(cases, key=math.prod):
         grid = grid_shape(T)
         h, w = grid[0] * height // 8, grid[1] * width // 8
-        memory, seconds, how = peak_memory(h, w, grid), fitted(points, h * w), "fitted"
+        (peak, least), seconds, how = peak_memory(h, w, grid), fitted(points, h * w), "fitted"
         if len(points) < 3 or seconds < LONGEST:
             inputs = *unet_input(device, dtype, h, w), torch.full((1,), 8.0, device=device), grid
             seconds, how = min(in_turn({"": forward_of(unet, inputs)}, device, 5, seconds=10)[""]), "measured"
             points.append((h * w, seconds))
         print(f"  {T:4} frames of {width}x{height}  {h * w:8} latent pixels  {seconds:9.2f} s {how:9} "
-              f"{memory / 1e9:6.1f} GB", flush=True)
+              f"{peak / 1e9:6.1f} GB, {least / 1e9:.1f} one network at a time", flush=True)
     a, b = coefficients(points)
+    off = [fitted(points, n) / seconds - 1 for n, seconds in points]
     print(f"seconds = {a * 1e3:.3f} n / 1000 + {b * 1e6:.5f} (n / 1000)^2: half of them quadratic at n = {a / b:.0f}, "
-          f"where they grow as n^1.5; the fit is off by {error(points):.0%} (root mean square)")
+          f"where they grow as n^1.5; the fit is off by {np.sqrt(np.mean(np.square(off))):.0%} (root mean square)")
 
 
-def peak_memory(h, w, grid) -> int:
-    """Bytes at the peak of sampling with guidance in fp16, counted without allocating them: the three networks, and the
-    larger of what a forward of both halves and decoding 16 frames take."""
+def peak_memory(h, w, grid) -> tuple[int, int]:
+    """Bytes at the peak of sampling with guidance in fp16, counted without allocating them: with all networks there,
+    and with each only while it works (sample.at_work). The UNet takes both halves of guidance, the VAE 16 frames."""
     with FakeTensorMode(), torch.no_grad(), Account() as account:
         with default_dtype(torch.float16):
             model = build(SD21, Settings())
             inputs = torch.zeros(2, 4, h, w), torch.zeros(2), torch.zeros(2, 77, 1024), torch.zeros(2)
             frames = torch.zeros(min(16, math.prod(grid)), 4, h // grid[0], w // grid[1])
-        weights = sum(size_of(part.parameters()) for part in model.parts().values())
-        return weights + max(account.during(lambda: model.unet(*inputs, grid)),
-                             account.during(lambda: model.vae.decode(frames)))
+        weights = {name: size_of(part.parameters()) for name, part in model.parts().items()}
+        work = {"unet": account.during(lambda: model.unet(*inputs, grid)),
+                "vae": account.during(lambda: model.vae.decode(frames))}
+    return sum(weights.values()) + max(work.values()), max(weights[name] + work[name] for name in work)
 
 
 def coefficients(points):
@@ -265,10 +249,6 @@ def coefficients(points):
 def fitted(points, n) -> float:
     a, b = coefficients(points) if len(points) > 1 else (0, 0)
     return a * n + b * n**2
-
-
-def error(points) -> float:
-    return float(np.sqrt(np.mean([(fitted(points, n) / seconds - 1) ** 2 for n, seconds in points])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""A file -> frames: libav for videos, Pillow for images.
+"""A file -> frames, and back: libav for videos, Pillow for images.
 
 What the open web calls a video is often none. Whatever is wrong with a file is a Bad with a reason, found in bounded
 time and memory; frames come out upright, in RGB, with square pixels, those on screen at the times asked for.
 """
 
 import bisect
+import json
 import math
 import os
 import re
@@ -12,11 +13,14 @@ import stat
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
+
+from checkpoint import UserError
 
 VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
@@ -223,3 +227,67 @@ def fit_image(path: str, width: int, height: int, view: View) -> torch.Tensor:
             return crop(np.asarray(image.resize(cover(*image.size, width, height), Image.BICUBIC)), width, height, view)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's verdict
         raise Bad("not an image that can be read") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames -> a file
+
+
+def playback_fps(fps: float) -> float:
+    """The condition 1..60 is also the speed to play at; 0 (unrelated frames) and 120 (a still) play at 8."""
+    return fps if 1 <= fps <= 60 else 8
+
+
+def contact_sheet(video, gap=2):
+    """All frames of a video (T, H, W, 3) beside each other in reading order -> uint8 (H', W', 3)."""
+    T, H, W, _ = video.shape
+    rows = max(f for f in range(1, int(T**0.5) + 1) if T % f == 0)
+    cols = T // rows
+    sheet = np.full((rows * (H + gap) - gap, cols * (W + gap) - gap, 3), 255, np.uint8)
+    for t, frame in enumerate(video):
+        y, x = t // cols * (H + gap), t % cols * (W + gap)
+        sheet[y : y + H, x : x + W] = frame
+    return sheet
+
+
+def write_video(path: str, video, fps: float, metadata: dict):
+    """Write a video, uint8 (T, H, W, 3), as .mp4, .gif or .png (contact sheet), with the metadata as its comment.
+
+    Written beside and renamed into place. Raises UserError when the path cannot be written or has another ending.
+    """
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in WRITERS:
+        raise UserError(f"{path}: the file must end in {', '.join(WRITERS)}")
+    beside = f"{path}.part{kind}"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        WRITERS[kind](beside, video, fps, json.dumps(metadata, ensure_ascii=False))
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_mp4(path, video, fps, comment):
+    with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as file:
+        file.metadata["comment"] = comment
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        height, width = video.shape[1:3]
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        for frame in video:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p has even sides
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def write_gif(path, video, fps, comment):
+    images = [Image.fromarray(frame) for frame in video]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0, comment=comment)
+
+
+def write_png(path, video, fps, comment):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("comment", comment)
+    Image.fromarray(contact_sheet(video)).save(path, pnginfo=info)
+
+
+WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}

@@ -10,7 +10,7 @@ from media import View, cover, fit_frame, frames_at, opened
 from model import UNet, UNetConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
-# UNets of diffusers, with random weights
+# UNets of diffusers, with random weights, and a pipeline around them
 
 
 def diffusers_unet(cfg: UNetConfig):
@@ -54,6 +54,25 @@ def animatediff_unet():
     from diffusers import UNetMotionModel
 
     return UNetMotionModel(sample_size=64, cross_attention_dim=768)
+
+
+def pipeline(unet, text, steps, device, dtype):
+    """The first of 50 guided steps of 16 frames of 256x256, as diffusers' pipelines take them; text: shape of the
+    context."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(50)
+    noise, context = torch.randn(1, 4, 16, 32, 32).to(device), torch.randn(text).to(device, dtype)
+
+    def work():
+        x = noise
+        with torch.no_grad():
+            for t in scheduler.timesteps[:steps]:
+                output = unet(torch.cat([x, x]).to(dtype), t, encoder_hidden_states=context).sample.float()
+                without, with_prompt = output.chunk(2)
+                x = scheduler.step(without + 7.0 * (with_prompt - without), t, x).prev_sample
+    return work
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,26 +1,24 @@
-"""From a prompt to a video: the noise schedule, the samplers, generate(), the file, and the command line.
+"""From a prompt to a video: the noise schedule, the samplers, generate(), and the command line.
 
     python sample.py "a red circle moving right"
 """
 
 import argparse
 import itertools
-import json
 import os
 import re
 import sys
-from contextlib import nullcontext
-from fractions import Fraction
+from contextlib import contextmanager, nullcontext
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from checkpoint import Model, Parser, Settings, UserError, command_line, load, parse_size
 from grid import fold, grid_shape, unfold
+from media import WRITERS, playback_fps, write_video
 from model import split_heads
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,19 +146,20 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
 
 
 def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=50, guidance=None, sampler="ddim",
-             eta=0.0, seeds=None, negative="", progress=None):
+             eta=0.0, seeds=None, negative="", progress=None, device=None):
     """Videos of the prompts -> uint8 (B, T, H, W, 3). What is None comes from the model's settings.
 
     size   (width, height) in pixels
     seeds  one for each prompt (default: all 0); the video of a prompt depends on its seed and on no other in the batch
     progress  called as progress(i, t, x_t, x_0) after each step
+    device  where to work (default: where the UNet is); a network that is elsewhere is there only while it works
 
     One frame is an image: plain Stable Diffusion, no grid and no FPS.
     """
     settings, unet = model.settings, model.unet
     frames = frames or settings.frames
     width, height = size or (settings.width, settings.height)
-    device, dtype = unet.out[2].weight.device, torch.float32
+    device, dtype = device or unet.out[2].weight.device, torch.float32
     rows, cols = grid_shape(frames)
     h, w = height // model.vae.cfg.downsampling, width // model.vae.cfg.downsampling
     generators = [torch.Generator().manual_seed(s) for s in (seeds or [0] * len(prompts))]
@@ -170,20 +169,34 @@ def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=5
         video = torch.stack([torch.randn(frames, unet.cfg.latent_channels, h, w, generator=g) for g in generators])
         return fold(video, rows, cols).to(device, dtype)
 
-    with torch.no_grad():
-        place = model.text.model.token_embedding.weight.device  # in training the tower may have stayed on the CPU
-        tokens = model.text.tokenize([*prompts, negative])[0].to(place)
-        context = model.text(tokens).to(device)
+    with torch.no_grad(), at_work(model.text, device):
+        context = model.text(model.text.tokenize([*prompts, negative])[0].to(device))
         context, without = context[:-1], context[-1:].expand(len(prompts), -1, -1)
     video = frames > 1
     condition = torch.full((len(prompts),), float(settings.fps if fps is None else fps), device=device)
     run = denoise(unet, NoiseSchedule(settings), noise(), context, without, condition if video else None,
                   (rows, cols) if video else None, steps=steps, sampler=sampler, eta=eta, noise=noise,
                   guidance=settings.guidance if guidance is None else guidance)
-    for i, t, x, x0 in run:
-        if progress:
-            progress(i, t, x, x0)
-    return decode(model, unfold(x, rows, cols))
+    with at_work(unet, device):
+        for i, t, x, x0 in run:
+            if progress:
+                progress(i, t, x, x0)
+    with at_work(model.vae, device):
+        return decode(model, unfold(x, rows, cols))
+
+
+@contextmanager
+def at_work(network, device):
+    """The network on the device meanwhile. What was elsewhere stays there too, so nothing has to be copied back."""
+    home = [(tensors, name, tensor) for module in network.modules() for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items() if tensor is not None]
+    for tensors, name, tensor in home:
+        tensors[name] = tensor.detach().to(device)
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in home:
+            tensors[name] = tensor
 
 
 def decode(model: Model, latents, chunk=16):
@@ -258,70 +271,6 @@ class AttentionMaps:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def playback_fps(fps: float) -> float:
-    """The condition 1..60 is also the speed to play at; 0 (unrelated frames) and 120 (a still) play at 8."""
-    return fps if 1 <= fps <= 60 else 8
-
-
-def contact_sheet(video, gap=2):
-    """All frames of a video (T, H, W, 3) beside each other in reading order -> uint8 (H', W', 3)."""
-    T, H, W, _ = video.shape
-    rows = max(f for f in range(1, int(T**0.5) + 1) if T % f == 0)
-    cols = T // rows
-    sheet = np.full((rows * (H + gap) - gap, cols * (W + gap) - gap, 3), 255, np.uint8)
-    for t, frame in enumerate(video):
-        y, x = t // cols * (H + gap), t % cols * (W + gap)
-        sheet[y : y + H, x : x + W] = frame
-    return sheet
-
-
-def write_video(path: str, video, fps: float, metadata: dict):
-    """Write a video, uint8 (T, H, W, 3), as .mp4, .gif or .png (contact sheet), with the metadata as its comment.
-
-    Written beside and renamed into place. Raises UserError when the path cannot be written or has another ending.
-    """
-    kind = os.path.splitext(path)[1].lower()
-    if kind not in WRITERS:
-        raise UserError(f"{path}: the file must end in {', '.join(WRITERS)}")
-    beside = f"{path}.part{kind}"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        WRITERS[kind](beside, video, fps, json.dumps(metadata, ensure_ascii=False))
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def write_mp4(path, video, fps, comment):
-    with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as file:
-        file.metadata["comment"] = comment
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
-        height, width = video.shape[1:3]
-        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
-        for frame in video:
-            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p has even sides
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
-
-
-def write_gif(path, video, fps, comment):
-    images = [Image.fromarray(frame) for frame in video]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0, comment=comment)
-
-
-def write_png(path, video, fps, comment):
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("comment", comment)
-    Image.fromarray(contact_sheet(video)).save(path, pnginfo=info)
-
-
-WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny.safetensors")
@@ -375,6 +324,12 @@ def pick_device(name: str | None) -> torch.device:
     if not there.get(name.split(":")[0]):
         raise UserError(f"--device {name} is not here: choose one of {', '.join(d for d in there if there[d])}")
     return torch.device(name)
+
+
+def has_room(device, model: Model) -> bool:
+    """Whether all networks can be there at once and leave half of what is free on a GPU to the work itself."""
+    weights = sum(p.numel() * p.element_size() for part in model.parts().values() for p in part.parameters())
+    return device.type != "cuda" or weights < torch.cuda.mem_get_info(device)[0] / 2
 
 
 def check_request(args, model: Model):
@@ -470,7 +425,9 @@ def main():
     size = parse_size(args.size) if args.size else None
     device = pick_device(args.device)
     dtype = DTYPES[args.dtype or ("float16" if device.type == "cuda" else "float32")]
-    model = load(args.ckpt, device, dtype, args.prediction)
+    model = load(args.ckpt, "cpu", dtype, args.prediction)
+    if has_room(device, model):
+        model.to(device)
     settings = model.settings
     args.frames = settings.frames if args.frames is None else args.frames
     args.fps = settings.fps if args.fps is None else args.fps
@@ -492,7 +449,7 @@ def main():
     with watch, tqdm(total=len(wanted) * args.steps, unit="step", desc="sample", file=sys.stderr) as bar:
         for (prompt, seed), path in zip(wanted, paths):
             video = generate(model, [prompt], seeds=[seed], progress=lambda *_: bar.update(),
-                             **{name: value for name, value in shared.items() if name != "ckpt"})[0]
+                             device=device, **{name: value for name, value in shared.items() if name != "ckpt"})[0]
             write_video(path, video, playback_fps(args.fps), {"prompt": prompt, "seed": seed, **shared})
     if args.attention_map:
         watch.write(args.attention_map, NoiseSchedule(settings).sampling_timesteps(args.steps))

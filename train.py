@@ -29,9 +29,10 @@ from account import dry_run
 from checkpoint import Model, UserError, command_line, save
 from config import Config, read_config
 from data import SOURCES
+from media import write_png
 from offload import OffloadAdamW
 from ranks import Interrupt, Ranks
-from sample import generate, to_uint8, write_png
+from sample import generate, to_uint8
 from task import UNetTask, VAETask, loss_of, make_model, make_ready, open_clips, precision
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from skimage.metrics import structural_similarity
 import eval as evaluate
 import toy
 from checkpoint import load
-from sample import decode, write_video
+from media import write_video
+from sample import decode
 
 
 def test_true_renders_get_full_marks(monkeypatch):

@@ -1,6 +1,7 @@
 """media.py: frames by presentation time in every codec, upright and in RGB; and no file that could stop a training."""
 
 import contextlib
+import json
 import os
 import random
 import time
@@ -14,7 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from media import Bad, View, cover, crop, fit_frame, fit_image, frames_at, opened, usable_fps
+from media import (
+    Bad,
+    View,
+    contact_sheet,
+    cover,
+    crop,
+    fit_frame,
+    fit_image,
+    frames_at,
+    opened,
+    playback_fps,
+    usable_fps,
+    write_video,
+)
 
 WIDTH, HEIGHT, BITS = 96, 64, 6
 CODECS = {  # container, pixel format, options
@@ -404,3 +418,47 @@ def test_memory_is_flat_over_20000_clips(tmp_path, good):
             resident[n] = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     print(f"resident: {resident[2000]:.0f} MiB after 2,000 clips, {resident[20000]:.0f} MiB after 20,000")
     assert resident[20000] < resident[2000] + 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames -> a file
+
+
+@pytest.mark.parametrize("fps", [4, 8, 29.97, 60])
+def test_mp4_decodes_with_its_rate_and_metadata(tmp_path, fps):
+    video = np.zeros((6, 33, 47, 3), np.uint8)  # odd sides
+    video[:, :, :, 0] = np.arange(6)[:, None, None] * 40
+    path = tmp_path / "v.mp4"
+    write_video(str(path), video, fps, {"prompt": "ein roter Kreis – ⚪", "seed": 3})
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert abs(float(stream.average_rate) - fps) < 0.01
+        assert json.loads(file.metadata["comment"]) == {"prompt": "ein roter Kreis – ⚪", "seed": 3}
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(stream)])
+    assert decoded.shape == (6, 34, 48, 3)
+    assert np.abs(decoded[:, :33, :47].astype(int) - video).mean() < 4
+
+
+def test_gif_and_png(tmp_path):
+    video = np.random.default_rng(0).integers(0, 255, (6, 16, 24, 3), dtype=np.uint8)
+    video[:] = video[:, :1, :1]
+    write_video(str(tmp_path / "v.gif"), video, 10, {"seed": 1})
+    with Image.open(tmp_path / "v.gif") as gif:
+        assert gif.n_frames == 6 and gif.info["duration"] == 100 and json.loads(gif.info["comment"]) == {"seed": 1}
+        for t in range(6):
+            gif.seek(t)
+            assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - video[t]).max() <= 3
+    write_video(str(tmp_path / "v.png"), video, 10, {"seed": 1})
+    with Image.open(tmp_path / "v.png") as png:
+        assert json.loads(png.text["comment"]) == {"seed": 1}
+        assert (np.asarray(png) == contact_sheet(video)).all()
+
+
+def test_contact_sheet_reads_left_to_right():
+    sheet = contact_sheet(np.arange(6)[:, None, None, None] * np.ones((6, 5, 7, 3), np.uint8), gap=0)
+    assert sheet[::5, ::7, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_playback():
+    assert [playback_fps(f) for f in (0, 1, 8, 29.97, 60, 120)] == [8, 1, 8, 29.97, 60, 8]
