@@ -10,6 +10,8 @@ import toy
 from checkpoint import load
 from sample import SHIPPED, generate
 
+RUNS = {"tiny_vae", "tiny_vae_finish", "tiny", "tiny_frames", "tiny_all", "tiny_finish"}
+
 
 def test_the_file_is_small_and_says_where_it_comes_from():
     assert os.path.getsize(SHIPPED) < 48e6
@@ -19,15 +21,14 @@ def test_the_file_is_small_and_says_where_it_comes_from():
         origin = settings.origin[part]
         while origin:
             assert 0 < origin["steps"] <= origin["config"]["max_steps"] and len(origin["commit"]) == 40
-            assert os.path.basename(origin["config"]["out_dir"]) in ("tiny", "tiny_frames", "tiny_all", "tiny_vae",
-                                                                     "tiny_vae_finish")
+            assert os.path.basename(origin["config"]["out_dir"]) in RUNS
             origin = origin.get("from")
 
 
 def test_training_metrics_lie_beside_it():
     with open(os.path.join(ROOT, "weights", "tiny.metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
-    assert {line["run"] for line in lines} == {"tiny_vae", "tiny_vae_finish", "tiny", "tiny_frames", "tiny_all"}
+    assert {line["run"] for line in lines} == RUNS
 
 
 def test_the_first_command_writes_a_video(run, tmp_path):
