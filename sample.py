@@ -189,7 +189,7 @@ def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=5
 def at_work(network, device):
     """The network on the device meanwhile. What was elsewhere stays there too, so nothing has to be copied back."""
     home = [(tensors, name, tensor) for module in network.modules() for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items() if tensor is not None]
+            for name, tensor in tensors.items() if tensor is not None and tensor.device != torch.device(device)]
     for tensors, name, tensor in home:
         tensors[name] = tensor.detach().to(device)
     try:
