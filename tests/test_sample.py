@@ -75,8 +75,9 @@ def test_networks_take_turns_where_memory_is_short(monkeypatch):
     options = dict(prompts=["x"], frames=64, size=(64, 64), steps=1, device="cuda")
     with FakeTensorMode(), Account() as account:
         home = build(TINY, Settings())
+        tensors = {name: [*part.parameters(), *part.buffers()] for name, part in home.parts().items()}
+        sizes = {name: size_of(held) for name, held in tensors.items()}
         apart = account.during(lambda: generate(home, **options))
-        sizes = {name: size_of([*part.parameters(), *part.buffers()]) for name, part in home.parts().items()}
         with torch.device("cuda"):
             there = build(TINY, Settings())
         together = sum(sizes.values()) + account.during(lambda: generate(there, **options))
