@@ -74,6 +74,7 @@ class Settings:
     fps: float = 30  # the default condition
     fps_trained: tuple[float, ...] = ()
     guidance: float = 7.0
+    eta: float = 0.0  # noise that DDIM adds, 0..1
     grid_trained: bool = False  # has it ever seen a grid?
     ema: bool = False  # are the weights a moving average?
     origin: dict = field(default_factory=dict)  # config, steps, commit, data, licence

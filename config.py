@@ -63,6 +63,7 @@ class Config:
     timestep_width: float = 1.0  # w < 1 trains those near that middle more often, and all of them still sometimes
     default_fps: float = 30  # what sampling asks for when the user does not
     guidance: float = 7.0  # likewise
+    eta: float = 0.0  # likewise: noise that DDIM adds, 0..1
 
     # VAE
     kl_weight: float = 1e-6  # of the KL a latent number, beside the squared error a pixel
@@ -154,6 +155,8 @@ def check_config(cfg: Config):
     whole = len(cfg.timesteps) == 2 and all(type(t) is int for t in cfg.timesteps)
     if not whole or not 0 <= cfg.timesteps[0] < cfg.timesteps[1] <= NoiseSchedule.timesteps:
         raise UserError(f"timesteps are two rising whole numbers in 0..{NoiseSchedule.timesteps}, not {cfg.timesteps}")
+    if not 0 <= cfg.eta <= 1:
+        raise UserError(f"eta lies in 0..1, not {cfg.eta}")
     try:
         grid_shape(cfg.frames)
     except ValueError as error:

@@ -111,11 +111,13 @@ def grade_fps(model, split: str, fps_values, **options):
 
 def command_toy(args):
     model = load(args.ckpt, args.device)
-    options = {"steps": args.steps, "guidance": args.guidance}
     guidance = model.settings.guidance if args.guidance is None else args.guidance
+    eta = model.settings.eta if args.eta is None else args.eta
+    options = {"steps": args.steps, "guidance": guidance, "eta": eta}
     right, n, cuts, failures, tracks = grade_prompts(model, args.split, args.seeds, **options)
-    print(f"{args.ckpt}, {args.split} triples, {n} videos, {args.steps} steps, guidance {guidance:g}")
-    result = {"ckpt": args.ckpt, "split": args.split, "videos": n, "steps": args.steps, "guidance": guidance}
+    print(f"{args.ckpt}, {args.split} triples, {n} videos, {args.steps} steps, guidance {guidance:g}, "
+          f"eta {eta:g}")
+    result = {"ckpt": args.ckpt, "split": args.split, "videos": n, **options}
     for name, count in [*((name, right[name]) for name in ANSWERS), ("wrong cuts", cuts)]:
         low, high = wilson(count, n)
         print(f"  {name:<11}{count:>5} / {n}   {count / n:6.1%}   [{low:.1%}, {high:.1%}]")
@@ -408,10 +410,11 @@ def main():
     p = commands.add_parser("toy", help="grade videos of the toy world's prompts")
     p.add_argument("--ckpt", default=SHIPPED)
     p.add_argument("--split", choices=("test", "val", "train"), default="test",
-                   help="test: the held-out triples; val: those that guidance and checkpoint are chosen on")
+                   help="test: the held-out triples; val: those that guidance, eta and checkpoint are chosen on")
     p.add_argument("--seeds", type=int, default=4, help="videos a prompt")
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--guidance", type=float, help="default: the model's")
+    p.add_argument("--eta", type=float, help="default: the model's")
     p.add_argument("--no_fps", action="store_true", help="leave out the table of motion against FPS")
     p.add_argument("--json", metavar="FILE", help="append the numbers to a JSON-lines file")
     p.add_argument("--failures", metavar="FILE.png", help="a picture of the videos that were graded wrong")

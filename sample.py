@@ -146,7 +146,7 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
 
 
 def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=50, guidance=None, sampler="ddim",
-             eta=0.0, seeds=None, negative="", progress=None, device=None):
+             eta=None, seeds=None, negative="", progress=None, device=None):
     """Videos of the prompts -> uint8 (B, T, H, W, 3). What is None comes from the model's settings.
 
     size   (width, height) in pixels
@@ -175,8 +175,9 @@ def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=5
     video = frames > 1
     condition = torch.full((len(prompts),), float(settings.fps if fps is None else fps), device=device)
     run = denoise(unet, NoiseSchedule(settings), noise(), context, without, condition if video else None,
-                  (rows, cols) if video else None, steps=steps, sampler=sampler, eta=eta, noise=noise,
-                  guidance=settings.guidance if guidance is None else guidance)
+                  (rows, cols) if video else None, steps=steps, sampler=sampler, noise=noise,
+                  guidance=settings.guidance if guidance is None else guidance,
+                  eta=settings.eta if eta is None else eta)
     with at_work(unet, device):
         for i, t, x, x0 in run:
             if progress:
@@ -291,7 +292,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise that DDIM adds, 0..1 (default 0)")
+    parser.add_argument("--eta", type=float, help="noise that DDIM adds, 0..1 (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to stay away from")
     parser.add_argument("--out", metavar="PATH", help="a .mp4, .gif or .png (contact sheet) file, numbered when there "
@@ -432,6 +433,7 @@ def main():
     args.frames = settings.frames if args.frames is None else args.frames
     args.fps = settings.fps if args.fps is None else args.fps
     args.guidance = settings.guidance if args.guidance is None else args.guidance
+    args.eta = settings.eta if args.eta is None else args.eta
     args.size = size or (settings.width, settings.height)
     check_request(args, model)
     paths = output_paths(args, prompts)

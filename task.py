@@ -42,7 +42,7 @@ def make_model(cfg: Config) -> Model:
                        | ({0.0} if cfg.mix.get("label") else set()) | ({120.0} if cfg.mix.get("caption") else set())))
     model.settings = replace(
         settings, frames=cfg.frames, width=cfg.width, height=cfg.height, fps=cfg.default_fps, fps_trained=fps,
-        guidance=cfg.guidance, grid_trained=cfg.train == "unet" or settings.grid_trained)
+        guidance=cfg.guidance, eta=cfg.eta, grid_trained=cfg.train == "unet" or settings.grid_trained)
     NoiseSchedule(model.settings)
     check_sides(cfg, model)
     return model

@@ -300,8 +300,8 @@ def test_own_file_comes_back_to_the_bit(tmp_path, fps_embedding):
     path = str(tmp_path / "model.safetensors")
     config = replace(TINY, unet=replace(TINY.unet, fps_embedding=fps_embedding, mixed_embedding=not fps_embedding))
     settings = Settings(prediction="v", zero_snr=True, spacing="trailing", latent_scale=0.5, frames=16, width=64,
-                        height=48, fps=8, fps_trained=(0, 4, 8), guidance=3, grid_trained=True, ema=True,
-                        origin={"unet": {"steps": 7}})
+                        height=48, fps=8, fps_trained=(0, 4, 8), guidance=3, eta=0.5, grid_trained=True,
+                        ema=True, origin={"unet": {"steps": 7}})
     model = build(config, settings)
     save(model, path)
     again = load(path)

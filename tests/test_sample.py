@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -39,8 +40,16 @@ def test_prompt_fps_guidance_and_negative_all_matter(micro):
     model = load(micro)
     base = dict(prompts=["a red circle"], steps=3, guidance=5.0, fps=8)
     reference = generate(model, **base)
-    for change in ({"prompts": ["a blue square"]}, {"fps": 120}, {"guidance": 1.0}, {"negative": "green"}):
+    for change in ({"prompts": ["a blue square"]}, {"fps": 120}, {"guidance": 1.0}, {"negative": "green"},
+                   {"eta": 0.5}):
         assert np.abs(generate(model, **(base | change)).astype(int) - reference).max() > 0, change
+
+
+def test_defaults_come_from_the_model(micro):
+    model, said = load(micro), dict(fps=4, guidance=3.0, eta=0.5)
+    expected = generate(model, ["a red circle"], steps=3, **said)
+    model.settings = replace(model.settings, **said)
+    assert np.array_equal(generate(model, ["a red circle"], steps=3), expected)
 
 
 def test_one_frame_is_plain_stable_diffusion(micro):
