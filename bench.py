@@ -160,20 +160,30 @@ def command_attention(args):
 
 
 def kernels(device, dtype):
-    q, k, v = query_key_value(1, HEADS, TOKENS, device, dtype)
-    works = {"fused kernel": lambda: F.scaled_dot_product_attention(q, k, v), "ours": lambda: attention(q, k, v),
-             "its products, no softmax": lambda: products(q, k, v)}
-    flop, ceiling = dict.fromkeys(works, 4 * HEADS * TOKENS**2 * HEAD_WIDTH), ceilings(device, dtype)["matmul"]
+    qkv = query_key_value(1, HEADS, TOKENS, device, dtype)
+    attends = {"fused kernel": F.scaled_dot_product_attention, "ours": attention}
+    works = {name: functools.partial(attend, *qkv) for name, attend in attends.items()}
+    works["its products, no softmax"] = functools.partial(products, *qkv)
+    flop, ceiling = 4 * HEADS * TOKENS**2 * HEAD_WIDTH, ceilings(device, dtype)["matmul"]
     print(f"{TOKENS} tokens, {HEADS} heads of {HEAD_WIDTH}, {str(dtype)[6:]}")
-    report(in_turn(works, device, seconds=30), "fused kernel", flop, ceiling)
-    exact = F.scaled_dot_product_attention(*(x[:, :1].double() for x in (q, k, v)))
-    for name in ("fused kernel", "ours"):
+    report(in_turn(works, device, seconds=30), "fused kernel", dict.fromkeys(works, flop), ceiling)
+    exact = F.scaled_dot_product_attention(*(x[:, :1].double() for x in qkv))
+    for name in attends:
         error = (works[name]()[:, :1].double() - exact).norm() / exact.norm()
         print(f"  {name:30} {error:.2%} from float64 (root mean square)")
+    print("forward and backward")  # five products more, one of them again
+    works = {name: functools.partial(both_passes, attend, *qkv) for name, attend in attends.items()}
+    report(in_turn(works, device, seconds=60), "fused kernel", dict.fromkeys(works, 3.5 * flop), ceiling)
+
+
+@torch.enable_grad()
+def both_passes(attend, *qkv):
+    inputs = [x.detach().requires_grad_() for x in qkv]
+    torch.autograd.grad(attend(*inputs), inputs, torch.ones_like(qkv[0]))
 
 
 def products(q, k, v, part=256):
-    """The matrix products of model.attention_by_parts: what is left of it if the softmax costs nothing."""
+    """The matrix products of model.AttentionByParts: what is left of it if the softmax costs nothing."""
     for head in range(q.shape[1]):
         for i in range(0, q.shape[2], part):
             (q[0, head, i : i + part] @ k[0, head].mT) @ v[0, head]

@@ -14,7 +14,7 @@ import torch
 
 from checkpoint import load
 from embed import mixed_embedding
-from model import SD15, SD21, TextConfig, TextEncoder, UNet, attention, attention_by_parts, split_heads
+from model import SD15, SD21, AttentionByParts, TextConfig, TextEncoder, UNet, attention, split_heads
 
 FAMILIES = ("SD 1", "SD 2")
 
@@ -176,17 +176,25 @@ def test_half_precision_is_close_to_full(pair, dtype, expected_error):
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
 
 
-@torch.no_grad()
-def test_long_attention_in_bfloat16_is_softmax():
+@pytest.mark.parametrize("gradients", [False, True])
+def test_long_attention_in_bfloat16_is_softmax(gradients):
     """By parts, the last of them short, on the strides that split heads have; beside float64."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (split_heads(torch.randn(2, 1100, 3 * 32, generator=g).bfloat16(), 3) for _ in range(3))
-    out = attention(q, k, v)
-    assert torch.equal(out, attention_by_parts(q, k, v)) and out.stride() == q.stride()
-    exact = (q.double() @ k.double().mT / 32**0.5).softmax(-1) @ v.double()
-    assert (out - exact).norm() / exact.norm() < 0.006
-    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert (out - exact).norm() < 3 * (fused - exact).norm()
+    q, k, v, weight = (split_heads(torch.randn(2, 1100, 3 * 32, generator=g).bfloat16(), 3) for _ in range(4))
+
+    def results(attention, *inputs):
+        """What it gives, and the gradients of a weighted sum of that."""
+        inputs = [x.detach().requires_grad_(gradients) for x in inputs]
+        out = attention(*inputs)
+        return [out, *(torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs) if gradients else [])]
+
+    ours = results(attention, q, k, v)
+    assert torch.equal(ours[0], AttentionByParts.apply(q, k, v)) and ours[0].stride() == q.stride()
+    fused = results(torch.nn.functional.scaled_dot_product_attention, q, k, v)
+    exact = results(lambda q, k, v: (q @ k.mT / 32**0.5).softmax(-1) @ v, q.double(), k.double(), v.double())
+    for a, b, e in zip(ours, fused, exact, strict=True):
+        assert (a - e).norm() / e.norm() < 0.007
+        assert (a - e).norm() < 3 * (b - e).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
