@@ -1,10 +1,13 @@
+import io
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of these tests, and of what they start: the same on every machine
 
@@ -21,13 +24,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run two at a time: threads of b
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def run():
-    """Run a script of the repository as a user would: run("sample.py", ...) -> the finished process."""
+def script(name, *arguments, **options):
+    """Run a script of the repository as a user would -> the finished process."""
+    return subprocess.run([sys.executable, name, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, **options)
 
-    def run(*command, **options):
-        return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                              timeout=300, **options)
+
+@pytest.fixture
+def run(monkeypatch):
+    """run("sample.py", ...) is what script() is, without the start of Python and the imports: most of its time."""
+
+    def run(name, *arguments):
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                runpy.run_path(name, run_name="__main__")
+            except SystemExit as end:
+                status = end.code or 0
+        return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
 
     return run
 

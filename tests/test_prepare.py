@@ -12,7 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ONE_THREAD, ROOT
 from PIL import Image
 from safetensors.torch import save_file
 from test_media import write_clip
@@ -40,11 +40,10 @@ def videos(world, tmp_path):
     return tmp_path / "toy" / "videos.csv"
 
 
-def filtered(videos, clip_weights, *options, ranks=1):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
-    return subprocess.run([sys.executable, *torchrun, "data.py", "filter", videos, "--model", CLIP, "--pretrained",
-                           clip_weights, *options], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.fixture
+def filtered(videos, clip_weights, run):
+    """filtered(*options): the command on that list."""
+    return lambda *options: run("data.py", "filter", videos, "--model", CLIP, "--pretrained", clip_weights, *options)
 
 
 def scores(videos):
@@ -55,8 +54,8 @@ def scores(videos):
     return found
 
 
-def test_filter_keeps_the_best_by_equation_5(videos, clip_weights):
-    done = filtered(videos, clip_weights, "--keep", "0.2", "--frames", "3")
+def test_filter_keeps_the_best_by_equation_5(videos, clip_weights, filtered):
+    done = filtered("--keep", "0.2", "--frames", "3")
     assert done.returncode == 0, done.stderr
     found = scores(videos)
     assert sorted(found) == list(range(10)) and found[8]["bad"] == "missing" and "score" not in found[9]
@@ -81,29 +80,32 @@ def test_filter_keeps_the_best_by_equation_5(videos, clip_weights):
     assert Image.open(videos.parent / "videos.csv.sheet.png").size[0] == 3 * 128
 
 
-def test_an_interrupted_filter_goes_on(videos, clip_weights):
-    assert filtered(videos, clip_weights).returncode == 0
+def test_an_interrupted_filter_goes_on(videos, filtered):
+    assert filtered().returncode == 0
     file, whole = videos.parent / "videos.csv.scores-0.jsonl", scores(videos)
     kept = (videos.parent / "videos.filtered.csv").read_text()
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:4]) + lines[4][:7])  # killed while it wrote
-    assert filtered(videos, clip_weights).returncode == 0
+    assert filtered().returncode == 0
     text = file.read_text()
     assert text.startswith("".join(lines[:4])) and text.count("\n") == 10
     assert {line["item"]: line for line in map(json.loads, text.splitlines())} == whole
     assert (videos.parent / "videos.filtered.csv").read_text() == kept
 
 
-def test_scores_of_other_settings_do_not_count(videos, clip_weights):
-    assert filtered(videos, clip_weights).returncode == 0
-    assert filtered(videos, clip_weights, "--frames", "2").returncode == 0
+def test_scores_of_other_settings_do_not_count(videos, filtered):
+    assert filtered().returncode == 0
+    assert filtered("--frames", "2").returncode == 0
     lines = (videos.parent / "videos.csv.scores-0.jsonl").read_text().splitlines()
     assert len(lines) == 20
     assert {json.loads(line)["by"].split(", ")[2] for line in lines} == {"4 frames", "2 frames"}
 
 
 def test_two_ranks_share_the_scoring(videos, clip_weights):
-    assert filtered(videos, clip_weights, ranks=2).returncode == 0
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run([sys.executable, *torchrun, "data.py", "filter", videos, "--model", CLIP, "--pretrained",
+                           clip_weights], cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
     shares = [{json.loads(line)["item"] for line in path.read_text().splitlines()}
               for path in sorted(videos.parent.glob("*.scores-*.jsonl"))]
     assert shares == [{0, 2, 4, 6, 8}, {1, 3, 5, 7, 9}]

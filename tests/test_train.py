@@ -22,6 +22,7 @@ from conftest import (
     command,
     kill_all,
     launch,
+    script,
     wait_for,
     weights,
     worker,
@@ -34,9 +35,9 @@ from config import read_config
 from task import Denoising, make_model
 
 
-def test_command_says_mistakes_in_one_line(run):
+def test_command_says_mistakes_in_one_line():
     for arguments in (["nowhere.py"], ["configs/ci.py", "--lrr=3"]):
-        done = run("train.py", *arguments)
+        done = script("train.py", *arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("train.py: ")
 
 

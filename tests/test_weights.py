@@ -4,7 +4,7 @@ import json
 import os
 
 import av
-from conftest import ROOT
+from conftest import ROOT, script
 
 import toy
 from checkpoint import load
@@ -31,10 +31,10 @@ def test_training_metrics_lie_beside_it():
     assert {line["run"] for line in lines} == RUNS
 
 
-def test_the_first_command_writes_a_video(run, tmp_path):
+def test_the_first_command_writes_a_video(tmp_path):
     """With no network: a 16-frame 64x64 mp4, named after its prompt."""
-    done = run("sample.py", "a red circle moving right", "--out", tmp_path / "clip.mp4",
-               env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = script("sample.py", "a red circle moving right", "--out", tmp_path / "clip.mp4",
+                  env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "clip.mp4")
     with av.open(str(tmp_path / "clip.mp4")) as file:
