@@ -10,7 +10,7 @@ import toy
 from checkpoint import load
 from sample import SHIPPED, generate
 
-RUNS = {"tiny_vae", "tiny_vae_finish", "tiny", "tiny_frames", "tiny_all", "tiny_finish"}
+RUNS = {"tiny_vae", "tiny_vae_finish", "tiny", "tiny_frames", "tiny_all", "tiny_finish", "tiny_green"}
 
 
 def test_the_file_is_small_and_says_where_it_comes_from():
