@@ -66,7 +66,7 @@ def run_checkpoints(out_dir: str) -> list[str]:
 
 
 def is_whole(path: str) -> bool:
-    """Whether every byte of a checkpoint is the one that was written: torch.save leaves checksums."""
+    """Whether what a checkpoint holds is what was written: torch.save leaves checksums."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
