@@ -170,19 +170,18 @@ class AttentionByParts(torch.autograd.Function):
     do. Result and gradients are 0.4% to 0.6% off where those are 0.2% to 0.4% off: logits are rounded to bf16 too.
     """
 
-    part = 256  # queries
-
-    @classmethod
-    def parts(cls, q):
-        """(batch, head), and the queries of a part."""
-        rows = [slice(i, i + cls.part) for i in range(0, q.shape[2], cls.part)]
+    @staticmethod
+    def parts(q, k):
+        """(batch, head), and the queries of a part: 256, or fewer of more than 16,384 tokens."""
+        part = min(256, 2**22 // k.shape[2])
+        rows = [slice(i, i + part) for i in range(0, q.shape[2], part)]
         return product(product(range(q.shape[0]), range(q.shape[1])), rows)
 
     @staticmethod
     def forward(ctx, q, k, v):
         q = q * q.shape[-1] ** -0.5
         out = torch.empty_like(q)
-        for head, rows in AttentionByParts.parts(q):
+        for head, rows in AttentionByParts.parts(q, k):
             out[head][rows] = (q[head][rows] @ k[head].mT).softmax(-1) @ v[head]
         ctx.save_for_backward(q, k, v, out)
         return out
@@ -194,7 +193,7 @@ class AttentionByParts(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         grad_q, common = torch.empty_like(q), (grad * out).sum(-1, keepdim=True)
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))  # they are sums over all parts
-        for head, rows in AttentionByParts.parts(q):
+        for head, rows in AttentionByParts.parts(q, k):
             weights = (q[head][rows] @ k[head].mT).softmax(-1)
             grad_v[head] += weights.mT @ grad[head][rows]
             grad_logits = (grad[head][rows] @ v[head].mT).sub_(common[head][rows]).mul_(weights)
