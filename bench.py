@@ -89,6 +89,8 @@ def command_unet(args):
                 report(in_turn({name: kind(unet, inputs) for name, unet in unets.items()}, device, seconds=60),
                        "diffusers", dict.fromkeys(unets, flop), ceiling)
             parts_table(unets["ours"], inputs, ceilings(device, dtype))
+            print("  with its backward pass, by operator")
+            operators_table(backward_of(unets["ours"], inputs), device, ceilings(device, dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
