@@ -36,7 +36,7 @@ from account import Account, setting, size_of
 from checkpoint import Parser, Settings, build, command_line
 from config import Config, read_config
 from grid import fold, grid_shape
-from model import SD21, TINY, UNet, attention
+from model import SD21, TINY, AttentionByParts, UNet, attention
 from offload import OffloadAdamW
 from sample import DTYPES, NoiseSchedule, denoise, pick_device
 from task import loss_of, precision
@@ -184,11 +184,10 @@ def both_passes(attend, *qkv):
     torch.autograd.grad(attend(*inputs), inputs, torch.ones_like(qkv[0]))
 
 
-def products(q, k, v, part=256):
-    """The matrix products of model.AttentionByParts: what is left of it if the softmax costs nothing."""
-    for head in range(q.shape[1]):
-        for i in range(0, q.shape[2], part):
-            (q[0, head, i : i + part] @ k[0, head].mT) @ v[0, head]
+def products(q, k, v):
+    """The matrix products of AttentionByParts: what is left of it if the softmax costs nothing."""
+    for head, rows in AttentionByParts.parts(q, k):
+        (q[head][rows] @ k[head].mT) @ v[head]
 
 
 def table_3(device, dtype):

@@ -115,8 +115,7 @@ def command_toy(args):
     eta = model.settings.eta if args.eta is None else args.eta
     options = {"steps": args.steps, "guidance": guidance, "eta": eta}
     right, n, cuts, failures, tracks = grade_prompts(model, args.split, args.seeds, **options)
-    print(f"{args.ckpt}, {args.split} triples, {n} videos, {args.steps} steps, guidance {guidance:g}, "
-          f"eta {eta:g}")
+    print(f"{args.ckpt}, {args.split} triples, {n} videos, {args.steps} steps, guidance {guidance:g}, eta {eta:g}")
     result = {"ckpt": args.ckpt, "split": args.split, "videos": n, **options}
     for name, count in [*((name, right[name]) for name in ANSWERS), ("wrong cuts", cuts)]:
         low, high = wilson(count, n)

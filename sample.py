@@ -115,8 +115,11 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
     context   (B, L, D) of the prompts, `negative` of what to stay away from ("" usually)
     fps       (B,) or None; both halves of guidance get it
     guidance  ε = ε(negative) + guidance * (ε(prompt) - ε(negative)); 1 is no guidance, and costs half
+    eta       how much of ancestral noise DDIM adds, 0..1; else UserError
     noise     () -> fresh noise like x, for samplers that add some
     """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta lies in 0..1, not {eta:g}")
     step = SAMPLERS[sampler]
     noise = noise or (lambda: torch.randn_like(x))
     timesteps = schedule.sampling_timesteps(steps)

@@ -66,7 +66,9 @@ def test_toy_command(run, micro, tmp_path):
     assert result["trajectories"]["model"] > result["trajectories"]["true"] > 0
     assert result["videos"] == 24 and result["shape"]["count"] <= 24 and "wrong cuts" in done.stdout
     assert Image.open(tmp_path / "f.png").size == (4 * 34, 24 * 34)
-    assert run("eval.py", "toy", "--ckpt", "nowhere.safetensors").returncode == 2
+    for options, says in ((["--ckpt", "nowhere.safetensors"], "nowhere.safetensors"), (["--eta", "2"], "0..1, not 2")):
+        done = run("eval.py", "toy", *options)
+        assert done.returncode == 2 and says in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,15 +4,13 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import av
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT
+from conftest import ONE_THREAD, script
 from PIL import Image
 from safetensors.torch import save_file
 from test_media import write_clip
@@ -102,9 +100,8 @@ def test_scores_of_other_settings_do_not_count(videos, filtered):
 
 
 def test_two_ranks_share_the_scoring(videos, clip_weights):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run([sys.executable, *torchrun, "data.py", "filter", videos, "--model", CLIP, "--pretrained",
-                           clip_weights], cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD)
+    done = script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "data.py", "filter", videos,
+                  "--model", CLIP, "--pretrained", clip_weights, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     shares = [{json.loads(line)["item"] for line in path.read_text().splitlines()}
               for path in sorted(videos.parent.glob("*.scores-*.jsonl"))]
