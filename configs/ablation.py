@@ -15,7 +15,7 @@ draws = 16
 mix = {"video": 2, "label": 1, "caption": 1}
 
 timestep_shift = 2.5
-timestep_width = 0.4  # where frames need each other (see tiny.py), and everywhere else a little
+timestep_width = 0.4  # where frames need each other (see tiny_first.py), and everywhere else a little
 default_fps = 2
 guidance = 3.0
 

@@ -1,10 +1,10 @@
-"""The tiny model, second of five: every frame rate, still at the timesteps where frames need each other (see tiny.py).
+"""The tiny model, second of five: every frame rate, still at the timesteps where frames need each other (see tiny_first.py).
 
 At 8 FPS and above where a shape is no longer follows from the caption: it has to be read off the other frames.
 """
 
 train = "unet"
-init = "runs/tiny/model.safetensors"
+init = "runs/tiny_first/model.safetensors"
 train_text = True
 out_dir = "runs/tiny_frames"
 
