@@ -13,7 +13,7 @@ train_text = True
 out_dir = "runs/tiny_first"
 
 toy = "data/toy"
-encoded = "data/toy-slow"
+encoded = "data/toy-first"
 frames = 16
 width = 64
 height = 64
