@@ -29,7 +29,7 @@ from account import dry_run
 from checkpoint import Model, UserError, command_line, save
 from config import Config, read_config
 from data import SOURCES
-from media import write_png
+from media import write_video
 from offload import OffloadAdamW
 from ranks import Interrupt, Ranks
 from sample import generate, to_uint8
@@ -285,7 +285,7 @@ def sheet(cfg: Config, ranks: Ranks, model: Model, task, step: int):
         video = video.reshape(-1, *video.shape[2:])
     else:
         return
-    write_png(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), video, 1, f"step {step}")
+    write_video(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), video, 1, {"step": step})
 
 
 class Log:
