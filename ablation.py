@@ -34,7 +34,7 @@ from model import UNet
 from prepare import encode_text
 from ranks import Ranks
 from task import VALIDATION_TIMESTEPS, Denoising, UNetTask, loss_of, make_model, make_ready, open_clips, precision
-from train import COMMIT, run
+from train import commit, run
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 SEEDS = 3
@@ -209,8 +209,10 @@ def ablate(results: str, score):
                     file.write(json.dumps(result) + "\n")
                 print(f"{n} of {len(todo)}: {result['variant']}, seed {result['seed']}", flush=True)
         except BaseException:
-            for process in active_children():  # else those that still go would be waited for
-                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)  # else all that is left would be done first
+            for process in active_children():  # a run asked to stop would save first
+                process.kill()
+                process.join()
             raise
 
 
@@ -230,7 +232,7 @@ def one_run(cfg: Config, variant: Variant, seed: int, score) -> dict:
     shutil.rmtree(cfg.out_dir)
     return {"variant": variant.name, "seed": seed, "steps": cfg.max_steps, **scores,
             "worth of direction": worth, "loss": task.probes | {cfg.max_steps: last},
-            "train_s": round(trained - began), "score_s": round(time.time() - trained), "commit": COMMIT}
+            "train_s": round(trained - began), "score_s": round(time.time() - trained), "commit": commit()}
 
 
 def read_results(path: str) -> list[dict]:

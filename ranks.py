@@ -190,13 +190,17 @@ class Watchdog:
 
 
 class Interrupt:
-    """Notes SIGTERM and SIGINT, on whichever rank they arrive; the loop asks after every step. The second of them ends
-    the process at once."""
+    """A context that notes SIGTERM and SIGINT, on whichever rank they arrive; the loop asks after every step. The
+    second of them ends the process at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.name = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, number, frame):
         self.name = signal.Signals(number).name

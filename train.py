@@ -21,6 +21,7 @@ import time
 import zipfile
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from functools import cache
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -39,14 +40,14 @@ from task import UNetTask, VAETask, loss_of, make_model, make_ready, open_clips,
 # Checkpoints of a run: step-00000500.pt holds all that a resume needs
 
 
-def save_run(cfg: Config, step: int, module, optimizer: OffloadAdamW, scale: "LossScale"):
+def save_run(cfg: Config, ranks: Ranks, step: int, module, optimizer: OffloadAdamW, scale: "LossScale", log: "Log"):
     """Write beside, rename into place, then drop all but the newest `keep`. Every rank must call it.
 
     Raises UserError when it cannot be written; the checkpoints before it stay whole.
     """
     state = {"step": step, "config": asdict(cfg), "module": module.state_dict(), "optimizer": optimizer.state_dict(),
-             "scale": vars(scale)}
-    if optimizer.rank:
+             "scale": vars(scale), "log": log.state(), "samples": samples_a_step(cfg, ranks)}
+    if ranks.rank:
         return
     path = os.path.join(cfg.out_dir, f"step-{step:08d}.pt")
     try:
@@ -58,6 +59,10 @@ def save_run(cfg: Config, step: int, module, optimizer: OffloadAdamW, scale: "Lo
     os.replace(path + ".part", path)
     for old in run_checkpoints(cfg.out_dir)[: -cfg.keep]:
         os.remove(old)
+
+
+def samples_a_step(cfg: Config, ranks: Ranks) -> int:
+    return cfg.batch_size * cfg.accumulate * ranks.world
 
 
 def run_checkpoints(out_dir: str) -> list[str]:
@@ -75,19 +80,21 @@ def is_whole(path: str) -> bool:
 
 
 def newest_whole(cfg: Config) -> str:
-    """The checkpoint to go on from, "" for none; damaged ones are named and passed over."""
+    """The checkpoint to go on from, "" for none; damaged ones are named, and renamed out of the way of new ones."""
     found = run_checkpoints(cfg.out_dir)
     if found and not cfg.resume:
         raise UserError(f"{found[-1]} is in the way of a run with resume = False: choose another out_dir, or remove it")
     for path in reversed(found):
         if is_whole(path):
             return path
-        print(f"{path} is damaged: trying the one before", file=sys.stderr, flush=True)
+        os.replace(path, path + ".damaged")
+        print(f"{path} is damaged, it is {path}.damaged now: trying the one before", file=sys.stderr, flush=True)
     return ""
 
 
-def load_run(cfg: Config, path: str, module, optimizer: OffloadAdamW, scale: "LossScale") -> int:
-    """Take up what save_run wrote; returns the step to go on with. The file is mapped: no second copy in memory.
+def load_run(cfg: Config, ranks: Ranks, path: str, module, optimizer: OffloadAdamW, scale: "LossScale"):
+    """Take up what save_run wrote -> (the step to go on with, the log's state). The file is mapped: no second copy in
+    memory.
 
     Raises UserError when it is of another model.
     """
@@ -100,7 +107,11 @@ def load_run(cfg: Config, path: str, module, optimizer: OffloadAdamW, scale: "Lo
                         f"({str(error).splitlines()[0]})") from error
     if state["config"]["dtype"] == cfg.dtype:
         vars(scale).update(state["scale"])
-    return state["step"]
+    before, now = state["samples"], samples_a_step(cfg, ranks)
+    if before != now and not ranks.rank:
+        print(f"a step saw {before} samples before, now {now}: it goes on with others than it would have. batch_size "
+              "times accumulate times processes keeps them", file=sys.stderr, flush=True)
+    return state["step"], state["log"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,42 +160,44 @@ def train(cfg: Config):
 
 def run(cfg: Config, ranks: Ranks, model: Model, task):
     """All steps that are left."""
+    commit()  # noted now: the checkout may move on meanwhile
     module, ddp, optimizer = make_trainable(cfg, ranks, task)
-    scale, start = LossScale(cfg.dtype == "float16"), 0
+    scale, start, logged = LossScale(cfg.dtype == "float16"), 0, None
     path = ranks.from_rank_0("checkpoint", lambda: newest_whole(cfg))
     if path:
-        start = load_run(cfg, path, module, optimizer, scale)
+        start, logged = load_run(cfg, ranks, path, module, optimizer, scale)
         print(f"resume from {path}", flush=True)
-    log, interrupt = Log(cfg, ranks, start), Interrupt()
+    log = Log(cfg, ranks, start, logged)
     task.begin(start * cfg.accumulate, cfg.max_steps * cfg.accumulate)
+    with Interrupt() as interrupt:
+        for step in range(start, cfg.max_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, step)
+            losses, sources = backward(cfg, ranks, task, ddp, optimizer, scale)
+            ranks.at(f"update of step {step + 1}")
+            norm = optimizer.step(cfg.clip or math.inf, scale.value)
+            scale.update(math.isfinite(norm))
+            module.zero_grad(set_to_none=ranks.world == 1)  # under DDP they stay, as views of its buckets
 
-    for step in range(start, cfg.max_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
-        losses, sources = backward(cfg, ranks, task, ddp, optimizer, scale)
-        ranks.at(f"update of step {step + 1}")
-        norm = optimizer.step(cfg.clip, scale.value)
-        scale.update(math.isfinite(norm))
-        module.zero_grad(set_to_none=ranks.world == 1)  # under DDP they stay, as views of its buckets
-
-        done = step + 1
-        stopped = interrupt.anywhere(ranks) and done < cfg.max_steps
-        log.step(done, losses, sources, norm, learning_rate(cfg, step), scale)
-        if scale.bad == MAX_BAD_STEPS:
-            raise UserError(f"step {done}: {MAX_BAD_STEPS} gradients in a row are not finite; look at the data of "
-                            "these steps, at lr, and whether dtype = bfloat16 trains")
-        # killed in between, a run does both again; asked to stop, it saves while it may
-        if (done % cfg.sheet_every == 0 or done == cfg.max_steps) and not stopped:
-            began = time.time()
-            show(cfg, ranks, model, task, optimizer, log, done)
-            log.time += time.time() - began  # no part of the steps' speed
-        if done % cfg.save_every == 0 or done == cfg.max_steps or stopped:
-            ranks.at(f"checkpoint of step {done}")
-            save_run(cfg, done, module, optimizer, scale)
-        if stopped:
-            ranks.sum(torch.zeros(1))  # torchrun kills the others soon after the first has left: wait for the save
-            print(f"stopped by {interrupt.name or 'another rank'} after step {done}, saved; the same command goes on")
-            sys.exit(NOT_FINISHED)
+            done = step + 1
+            stopped = interrupt.anywhere(ranks) and done < cfg.max_steps
+            log.step(done, losses, sources, norm, learning_rate(cfg, step), scale)
+            if scale.bad == MAX_BAD_STEPS:
+                raise UserError(f"step {done}: {MAX_BAD_STEPS} gradients in a row are not finite; look at the data of "
+                                "these steps, at lr, and whether dtype = bfloat16 trains")
+            # killed in between, a run does both again; asked to stop, it saves while it may
+            if (done % cfg.sheet_every == 0 or done == cfg.max_steps) and not stopped:
+                began = time.time()
+                show(cfg, ranks, model, task, optimizer, log, done)
+                log.time += time.time() - began  # no part of the steps' speed
+            if done % cfg.save_every == 0 or done == cfg.max_steps or stopped:
+                ranks.at(f"checkpoint of step {done}")
+                save_run(cfg, ranks, done, module, optimizer, scale, log)
+            if stopped:
+                ranks.sum(torch.zeros(1))  # torchrun kills the others soon after the first has left: wait for the save
+                by = interrupt.name or "another rank"
+                print(f"stopped by {by} after step {done}, saved; the same command goes on")
+                sys.exit(NOT_FINISHED)
 
 
 def make_trainable(cfg: Config, ranks: Ranks, task):
@@ -252,22 +265,20 @@ def snapshot(cfg: Config, model: Model, task) -> Model:
     return Model(model.unet, model.vae, model.text, settings)
 
 
+@cache
 def commit() -> str:
-    """Of this code, "" outside a git checkout."""
+    """Of this code as it was first asked for, "" outside a git checkout."""
     folder = os.path.dirname(os.path.abspath(__file__))
     if not shutil.which("git"):
         return ""
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=folder).stdout.strip()
 
 
-COMMIT = commit()  # asked once: the checkout may move on while the run goes on
-
-
 def stamped(model: Model, cfg: Config, step: int) -> Model:
     """With its origin written into the settings."""
     before = model.settings.origin.get(cfg.train)  # when it started from a model that was trained in the same way
     origin = model.settings.origin | {
-        cfg.train: {"config": asdict(cfg), "steps": step, "commit": COMMIT, "licence": cfg.licence, "from": before}}
+        cfg.train: {"config": asdict(cfg), "steps": step, "commit": commit(), "licence": cfg.licence, "from": before}}
     return Model(model.unet, model.vae, model.text, replace(model.settings, origin=origin))
 
 
@@ -293,14 +304,20 @@ class Log:
 
     NAMES = (*SOURCES, "frame")
 
-    def __init__(self, cfg: Config, ranks: Ranks, start: int):
+    def __init__(self, cfg: Config, ranks: Ranks, start: int, state: dict | None = None):
         self.cfg, self.ranks, self.at, self.time, self.skipped = cfg, ranks, start, time.time(), 0
         self.sums = torch.zeros(2, len(self.NAMES), dtype=torch.float64)  # losses, samples
-        self.frames = cfg.batch_size * cfg.accumulate * ranks.world * (cfg.frames if cfg.train == "unet" else 1)
+        self.frames = samples_a_step(cfg, ranks) * (cfg.frames if cfg.train == "unet" else 1)
+        if state:  # its sums are of all ranks
+            self.skipped, self.sums = state["skipped"], self.sums if ranks.rank else state["sums"].clone()
         if ranks.rank == 0:
             self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
             forget_after(self.path, start)
             self.wandb = start_wandb(cfg) if cfg.wandb_log else None
+
+    def state(self) -> dict:
+        """What the next line needs of the steps before it. Every rank must call it."""
+        return {"sums": self.ranks.sum(self.sums.clone()), "skipped": self.skipped}
 
     def step(self, step, losses, sources, norm, lr, scale: LossScale):
         if not math.isfinite(norm):

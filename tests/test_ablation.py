@@ -59,6 +59,9 @@ STAGE = """
 init = {init!r}
 out_dir = {out!r}
 toy = {toy!r}
+toy_clips = 8
+toy_images = 4
+toy_captioned = 8
 encoded = {encoded!r}
 frames = {frames}
 width = 32
@@ -126,11 +129,13 @@ def no_score(model, fps_values):
     raise ArithmeticError("cannot be graded")
 
 
-def test_a_failed_run_ends_the_others(three):
+def test_a_failed_run_ends_the_others(three, monkeypatch):
+    monkeypatch.setattr(ablation, "SEEDS", 4)
     with pytest.raises(ArithmeticError):
         ablation.ablate(str(three / "results.jsonl"), no_score)
     assert not (three / "results.jsonl").exists() and not active_children()
     assert "step 3/3" in (three / "ablation" / "both 0" / "log").read_text()
+    assert len(list((three / "ablation").glob("* ?"))) < 8  # of twelve: those that waited never began
 
 
 def test_few_videos_are_the_first(world, micro, tmp_path):

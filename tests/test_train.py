@@ -192,12 +192,33 @@ def test_a_damaged_checkpoint_is_passed_over(finished, world, tmp_path):
     data, name = bytearray(newest.read_bytes()), "unet.time_embed.0.weight"
     data[data.index(weights(tmp_path)["module"][name].numpy().tobytes()) + 7] ^= 1  # one bit
     newest.write_bytes(data)
-    done = launch(ci_options(world, tmp_path))
+    done = launch([*ci_options(world, tmp_path), "--keep=1"])
     assert done.returncode == 0 and "step-00000020.pt is damaged" in done.stderr
     assert "resume from" in done.stdout and "step-00000015.pt" in done.stdout
+    assert newest.with_name(newest.name + ".damaged").read_bytes() == data  # no longer one of those to keep
+    assert [name for name in os.listdir(tmp_path / "run") if name.endswith(".pt")] == [newest.name]
     a, b = weights(finished[0]), weights(tmp_path)
     a.pop("config"), b.pop("config")
     assert_equal_states(a, b)
+
+
+def test_a_line_of_the_log_goes_on_where_it_was_interrupted(finished, world, tmp_path):
+    """Lines are means of four steps, and the run stops in the midst of one."""
+    options = [*ci_options(world, tmp_path), f"--encoded={finished[0]}/encoded", "--log_every=4", "--prompts=()"]
+    assert launch([*options, "--save_every=6", "--keep=9"]).returncode == 0
+    whole = metrics(tmp_path, "loss")
+    for step in (12, 18, 20):
+        os.remove(tmp_path / "run" / f"step-{step:08d}.pt")
+    assert "step-00000006.pt" in launch(options).stdout
+    assert metrics(tmp_path, "loss") == whole and len(whole) == 5
+
+
+def test_a_step_of_other_size_is_told(finished, world, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    done = launch([*ci_options(world, tmp_path), "--batch_size=2", "--max_steps=21", "--prompts=()"])
+    assert done.returncode == 0 and "a step saw 4 samples before, now 2" in done.stderr
+    same = launch([*ci_options(world, tmp_path), "--batch_size=1", "--accumulate=2", "--max_steps=22", "--prompts=()"])
+    assert same.returncode == 0 and "a step saw" not in same.stderr
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(world, finished, tmp_path):
