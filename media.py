@@ -281,7 +281,10 @@ def write_mp4(path, video, fps, comment):
 
 def write_gif(path, video, fps, comment):
     images = [Image.fromarray(frame) for frame in video]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=1000 / fps, loop=0, comment=comment)
+    # in hundredths of a second, of which browsers want two: rounded so that no error adds up, and 50 FPS at most
+    ends = np.round(np.arange(len(video) + 1) * 100 / min(fps, 50)).astype(int)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=(10 * np.diff(ends)).tolist(), loop=0,
+                   comment=comment)
 
 
 def write_png(path, video, fps, comment):

@@ -449,6 +449,10 @@ def test_gif_and_png(tmp_path):
         for t in range(6):
             gif.seek(t)
             assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - video[t]).max() <= 3
+    for fps, hundredths in ((30, [3, 4, 3, 3, 4, 3]), (60, [2] * 6), (8, [12, 13, 13, 12, 12, 13])):
+        write_video(str(tmp_path / "t.gif"), video, fps, {})
+        with Image.open(tmp_path / "t.gif") as gif:
+            assert [gif.info["duration"] for t in range(6) if gif.seek(t) is None] == [10 * n for n in hundredths]
     write_video(str(tmp_path / "v.png"), video, 10, {"seed": 1})
     with Image.open(tmp_path / "v.png") as png:
         assert json.loads(png.text["comment"]) == {"seed": 1}
