@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import math
 import re
 import typing
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Config:
     cooldown: int = 0  # last steps, linearly down to 0
     betas: tuple = (0.9, 0.9)  # E.2
     weight_decay: float = 0.03  # E.2
-    clip: float = 1.0  # global gradient norm
+    clip: float = 1.0  # global gradient norm, 0 for none
     ema: float = 0.0  # decay of the weights' moving average, 0 for none; it warms up as (1 + n) / (10 + n)
     dtype: str = "float16"  # of autocast: float32, bfloat16 or float16; weights are fp32. float64: everything
 
@@ -136,6 +137,14 @@ def read_config(path: str, overrides: list[str]) -> Config:
     return cfg
 
 
+POSITIVE = ("max_steps", "batch_size", "accumulate", "log_every", "sheet_every", "save_every", "keep", "timeout",
+            "timestep_shift", "timestep_width", "width", "height", "starts", "draws", "frame_pool")
+RANGES = {(0, math.inf): ("seed", "workers", "validation", "lr", "warmup", "cooldown", "weight_decay", "clip",
+                          "kl_weight", "toy_clips", "toy_images", "toy_captioned"),
+          (0, 1): ("eta", "ema", "drop_caption", "max_bad"),
+          (0, 120): ("default_fps",)}
+
+
 def check_config(cfg: Config):
     """Raise UserError on values of the right type that mean nothing."""
     choices = {"train": ("unet", "vae"), "model": tuple(PRESETS),
@@ -143,20 +152,26 @@ def check_config(cfg: Config):
     for name, known in choices.items():
         if getattr(cfg, name) not in known:
             raise UserError(f"{name} is one of {', '.join(known)}, not {getattr(cfg, name)!r}")
-    for name in ("max_steps", "batch_size", "accumulate", "log_every", "sheet_every", "save_every", "keep", "timeout",
-                 "timestep_shift", "timestep_width"):
+    for name in POSITIVE:
         if getattr(cfg, name) <= 0:
             raise UserError(f"{name} is more than 0, not {getattr(cfg, name)}")
+    for (low, high), names in RANGES.items():
+        for name in names:
+            if not low <= getattr(cfg, name) <= high:
+                within = f"lies in {low}..{high}" if high < math.inf else f"is at least {low}"
+                raise UserError(f"{name} {within}, not {getattr(cfg, name)}")
     shares = cfg.mix.values()
     if not all(s in SOURCES for s in cfg.mix) or not all(type(n) is int and n >= 0 for n in shares) or not sum(shares):
         raise UserError(f"mix gives each of {', '.join(SOURCES)} a whole number, not all 0; it is {cfg.mix}")
-    if not cfg.fps_values or not all(type(f) in (int, float) and 1 <= f <= 60 for f in cfg.fps_values):
-        raise UserError(f"fps_values are numbers in 1..60, not {cfg.fps_values}")
+    if not cfg.fps_values or not all(type(f) is int and 1 <= f <= 60 for f in cfg.fps_values):
+        raise UserError(f"fps_values are whole numbers in 1..60, not {cfg.fps_values}")
+    if len(cfg.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in cfg.betas):
+        raise UserError(f"betas are two numbers from 0 up to, not with, 1; they are {cfg.betas}")
+    if not all(type(prompt) is str for prompt in cfg.prompts):
+        raise UserError(f"prompts are texts, not {cfg.prompts}")
     whole = len(cfg.timesteps) == 2 and all(type(t) is int for t in cfg.timesteps)
     if not whole or not 0 <= cfg.timesteps[0] < cfg.timesteps[1] <= NoiseSchedule.timesteps:
         raise UserError(f"timesteps are two rising whole numbers in 0..{NoiseSchedule.timesteps}, not {cfg.timesteps}")
-    if not 0 <= cfg.eta <= 1:
-        raise UserError(f"eta lies in 0..1, not {cfg.eta}")
     try:
         grid_shape(cfg.frames)
     except ValueError as error:

@@ -51,7 +51,12 @@ def test_bad_configs_are_refused(tmp_path, text):
     ("--batch_size", "batch_size is of type int, not bool"), ("--max_step=3", "did you mean 'max_steps'"),
     ("--mix={'videos': 1}", "mix gives each of"), ("--mix={'video': 1.5}", "a whole number"),
     ("--mix={'video': 0}", "not all 0"), ("--mix={[1]: 2}", "mix is of type dict, not str"),
-    ("--fps_values=('a',)", "fps_values are numbers in 1..60"), ("--fps_values=(0, 8)", "in 1..60"),
+    ("--fps_values=('a',)", "fps_values are whole numbers in 1..60"), ("--fps_values=(0, 8)", "in 1..60"),
+    ("--fps_values=(7.5,)", "whole numbers"), ("--betas=(0.9,)", "two numbers"), ("--betas=(0.9, 1)", "not with, 1"),
+    ("--prompts=(3,)", "prompts are texts"), ("--ema=2", "ema lies in 0..1, not 2.0"), ("--eta=-1", "eta lies in 0..1"),
+    ("--default_fps=500", "default_fps lies in 0..120"), ("--starts=0", "starts is more than 0"),
+    ("--clip=-1", "clip is at least 0, not -1.0"), ("--validation=-1", "validation is at least 0"),
+    ("--seed=-3", "seed is at least 0"),
     ("max_steps=3", "--name=value"), ("--max_steps=many", "of type int")])
 def test_bad_overrides_are_refused(override, says):
     with pytest.raises(UserError, match=re.escape(says)):
