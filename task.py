@@ -35,14 +35,15 @@ def make_model(cfg: Config) -> Model:
         model = build(architecture(cfg), settings)
     if cfg.vae:
         donor = load(cfg.vae)
-        origin = {"vae": donor.settings.origin.get("vae", {"file": cfg.vae})}
+        origin = settings.origin | {"vae": donor.settings.origin.get("vae", {"file": cfg.vae})}
         model.vae = donor.vae
         settings = replace(settings, latent_scale=donor.settings.latent_scale, origin=origin)
     fps = tuple(sorted({float(f) for f in cfg.fps_values if cfg.mix.get("video")}
                        | ({0.0} if cfg.mix.get("label") else set()) | ({120.0} if cfg.mix.get("caption") else set())))
     model.settings = replace(
         settings, frames=cfg.frames, width=cfg.width, height=cfg.height, fps=cfg.default_fps, fps_trained=fps,
-        guidance=cfg.guidance, eta=cfg.eta, grid_trained=cfg.train == "unet" or settings.grid_trained)
+        guidance=cfg.guidance, eta=cfg.eta,
+        grid_trained=settings.grid_trained or cfg.train == "unet" and cfg.frames > 1)
     NoiseSchedule(model.settings)
     check_sides(cfg, model)
     return model
