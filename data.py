@@ -335,8 +335,12 @@ class LiveClips:
 
 
 def read_settings(folder: str) -> dict:
-    with open(os.path.join(folder, "spec.json"), encoding="utf-8") as file:
-        return json.load(file)
+    """What `encode` noted of a folder."""
+    try:
+        with open(os.path.join(folder, "spec.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a folder of encoded clips: {error}") from error
 
 
 class EncodedClips:
@@ -346,12 +350,10 @@ class EncodedClips:
     """
 
     def __init__(self, folder: str, text=True):
-        try:
-            settings = read_settings(folder)
-            self.records = Records(os.path.join(folder, "index.jsonl"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is not a folder of encoded clips: {error}") from error
+        settings = read_settings(folder)
+        self.records = Records(os.path.join(folder, "index.jsonl"))
         self.folder, self.text, self.vae = folder, text and settings["text"], settings["vae"]
+        self.tower = settings["tower"] if self.text else None
         self.spec = Spec(**settings["spec"] | {"fps_values": tuple(settings["spec"]["fps_values"])})
         owners = [(SOURCES.index(line["source"]), line["item"]) for line in map(json.loads, self.records)]
         owners = np.array(owners).reshape(-1, 2)
@@ -386,9 +388,9 @@ class EncodedClips:
                       tuple(map(tuple, line["skipped"])), context)
 
 
-def fingerprint(vae) -> str:
-    """Of an autoencoder, to tell one from another."""
-    return f"{sum(p.double().abs().sum().item() for p in vae.parameters()):.6g}"
+def fingerprint(network) -> str:
+    """Of an autoencoder or a text tower, to tell one from another."""
+    return f"{sum(p.double().abs().sum().item() for p in network.parameters()):.6g}"
 
 
 def encode_frames(vae, frames, chunk=16):

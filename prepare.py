@@ -59,6 +59,8 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
     part, sources = out + ".part", {source: Items(source, path) for source, path in lists.items()}
     origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype), "vae": fingerprint(model.vae)}
     done = resume_encode(part, origin)
+    origin |= {"tower": fingerprint(model.text)} if text else {}
+    check_writable(os.path.join(part, "index.jsonl"))
     model.vae.to(memory_format=torch.channels_last)  # a third faster on the CPU
     save_file({"context": encode_text(model, [""], dtype)} if text else {}, os.path.join(part, "empty.safetensors"))
     with open(os.path.join(part, "index.jsonl"), "a", encoding="utf-8") as index:

@@ -1,5 +1,6 @@
 """What a run trains: its model, its data, and a module whose forward is the loss."""
 
+import json
 import os
 import sys
 import time
@@ -12,7 +13,19 @@ from torch import nn
 import toy
 from checkpoint import Model, Settings, UserError, build, load
 from config import PRESETS, Config
-from data import SOURCES, Batch, EncodedClips, Faults, LiveClips, Spec, Stream, batches, fingerprint, generator
+from data import (
+    SOURCES,
+    Batch,
+    EncodedClips,
+    Faults,
+    LiveClips,
+    Spec,
+    Stream,
+    batches,
+    fingerprint,
+    generator,
+    read_settings,
+)
 from grid import fold, grid_shape
 from model import ModelConfig
 from prepare import encode, frame_pool
@@ -68,15 +81,28 @@ def data_lists(cfg: Config, render=True) -> dict[str, str]:
     """source -> list. A missing toy world is rendered."""
     lists = {source: getattr(cfg, source) for source in SOURCES}
     if cfg.toy:
-        if render and not os.path.exists(cfg.toy):
-            try:
-                toy.render(cfg.toy, clips=cfg.toy_clips, images=cfg.toy_images, captioned=cfg.toy_captioned,
-                           moving=cfg.toy_moving, size=cfg.width, progress=Progress("render the toy world"))
-            except toy.ToyError as error:
-                raise UserError(f"the toy world: {error}") from error
+        if render:
+            render_world(cfg)
         files = {"video": "videos.csv", "label": "labels", "caption": "images.jsonl"}
         lists = {source: path or os.path.join(cfg.toy, files[source]) for source, path in lists.items()}
     return {source: path for source, path in lists.items() if path and cfg.mix.get(source)}
+
+
+def render_world(cfg: Config):
+    """Unless it is there. Raises UserError when that is of other options."""
+    world = {"clips": cfg.toy_clips, "images": cfg.toy_images, "captioned": cfg.toy_captioned,
+             "moving": cfg.toy_moving, "size": cfg.width}
+    try:
+        if not os.path.exists(cfg.toy):
+            toy.render(cfg.toy, **world, progress=Progress("render the toy world"))
+        with open(os.path.join(cfg.toy, "world.json"), encoding="utf-8") as file:
+            found = json.load(file)
+    except (toy.ToyError, OSError, ValueError) as error:
+        raise UserError(f"the toy world {cfg.toy}: {error}") from error
+    for name, ours in world.items():
+        if found[name] != ours:
+            raise UserError(f"the toy world {cfg.toy} was rendered with {name} {found[name]}, the config says {ours}: "
+                            "choose another folder for `toy`, or remove it")
 
 
 class Progress:
@@ -99,9 +125,14 @@ def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
         raise UserError(f"out_dir {cfg.out_dir} cannot be made: {error.strerror}") from error
     ahead = cfg.encoded if cfg.train == "unet" else ""
     if ahead and os.path.exists(ahead):
+        compare_lists(cfg)
         return {}
     lists = data_lists(cfg)
     if ahead:
+        for source in cfg.mix:
+            if cfg.mix[source] and source not in lists:
+                raise UserError(f"mix asks for {source} samples, of which there is no list: give `{source}` one, or "
+                                "leave it out of the mix")
         model.vae.to(device)
         model.text.to(device)
         encode(model, lists, ahead, sample_spec(cfg), text=not cfg.train_text)
@@ -110,13 +141,22 @@ def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
     return lists
 
 
+def compare_lists(cfg: Config):
+    """Say where what was encoded ahead is not of the config's lists; they may be the same in another place."""
+    encoded = read_settings(cfg.encoded)["lists"]
+    for source, path in data_lists(cfg, render=False).items():
+        if encoded.get(source, path) != path:
+            print(f"{cfg.encoded}, encoded from {encoded[source]}, is used, and {path} is not read: for other data "
+                  "choose another folder for `encoded`", file=sys.stderr, flush=True)
+
+
 def sample_spec(cfg: Config) -> Spec:
     return Spec(**{f.name: getattr(cfg, f.name) for f in fields(Spec)})
 
 
 def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> LiveClips | EncodedClips:
     """The samples of a run. Raises UserError when those encoded ahead are of other options than the config's, or of
-    another VAE than the model's."""
+    another VAE or text tower than the model's."""
     if not cfg.encoded:
         model.vae.to(device, memory_format=torch.channels_last)
         return LiveClips(lists, sample_spec(cfg))
@@ -126,9 +166,10 @@ def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> Live
         if theirs != ours and name != "seed":  # runs may share a folder
             raise UserError(f"{cfg.encoded} was encoded with {name} = {theirs}, the config says {ours}: choose another "
                             "folder for `encoded`, or remove it")
-    if clips.vae != fingerprint(model.vae):
-        raise UserError(f"{cfg.encoded} was encoded by another VAE than the model's: choose another folder for "
-                        "`encoded`, or remove it")
+    for what, theirs, network in (("VAE", clips.vae, model.vae), ("text tower", clips.tower, model.text)):
+        if theirs and theirs != fingerprint(network):
+            raise UserError(f"{cfg.encoded} was encoded by another {what} than the model's: choose another folder for "
+                            "`encoded`, or remove it")
     return clips
 
 

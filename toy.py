@@ -224,7 +224,7 @@ def _captioned(root, index, world):
     return {"path": path, "caption": text}
 
 
-def render(folder, seed=0, clips=432, images=16, captioned=720, size=SIZE, moving=False, progress=None, workers=None):
+def render(folder, seed=0, clips=864, images=16, captioned=720, size=SIZE, moving=False, progress=None, workers=None):
     """Renders a world into folder, which must be absent or empty; the same seed makes the same files.
 
         videos.csv, videos/<page_dir>/<videoid>.mp4   clips of training triples, in WebVid's form
@@ -478,7 +478,7 @@ def main():
     parser.error = lambda message: parser.exit(2, f"toy.py: {message} (see --help)\n")  # one line, without the usage
     parser.add_argument("folder", metavar="DIR", help="absent or empty")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clips", type=int, default=432, metavar="N", help="videos (432)")
+    parser.add_argument("--clips", type=int, default=864, metavar="N", help="videos (864)")
     parser.add_argument("--images", type=int, default=16, metavar="N", help="labelled images of each label (16)")
     parser.add_argument("--captioned", type=int, default=720, metavar="N", help="captioned images (720)")
     parser.add_argument("--moving", action="store_true", help="half of the images are of something that moves")

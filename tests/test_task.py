@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import model as models
 import task
 import toy
 import train
-from checkpoint import UserError, load
+from checkpoint import UserError, load, save
 from grid import fold, unfold
 from ranks import Ranks
 from sample import SHIPPED, NoiseSchedule, denoise
@@ -212,6 +213,58 @@ def test_latents_of_another_vae_are_refused(finished):
     torch.manual_seed(1)
     with pytest.raises(UserError, match="was encoded by another VAE than the model's"):
         task.open_clips(cfg, task.make_model(cfg), {}, torch.device("cpu"))
+
+
+@pytest.fixture
+def encoding(world, micro, tmp_path):
+    """A config that encodes with the text tower, and its model."""
+    options = [f"--init={micro}", f"--toy={world}", f"--encoded={tmp_path}/encoded", f"--out_dir={tmp_path}/run",
+               "--train_text=False"]
+    cfg = config.read_config(f"{ROOT}/configs/ci.py", options)
+    return cfg, task.make_model(cfg)
+
+
+def test_contexts_of_another_tower_are_refused(encoding):
+    cfg, model = encoding
+    lists = task.make_ready(cfg, model, torch.device("cpu"))
+    task.open_clips(cfg, model, lists, torch.device("cpu"))
+    torch.nn.init.normal_(next(model.text.parameters()))
+    with pytest.raises(UserError, match="was encoded by another text tower than the model's"):
+        task.open_clips(cfg, model, lists, torch.device("cpu"))
+
+
+def test_latents_of_other_lists_are_told(encoding, world, capsys):
+    cfg, model = encoding
+    task.make_ready(cfg, model, torch.device("cpu"))
+    capsys.readouterr()
+    assert task.make_ready(cfg, model, torch.device("cpu")) == {} and not capsys.readouterr().err
+    task.make_ready(dataclasses.replace(cfg, video="mine.csv"), model, torch.device("cpu"))
+    assert f"encoded from {world}/videos.csv, is used, and mine.csv is not read" in capsys.readouterr().err
+
+
+def test_a_source_without_a_list_is_refused_before_anything_is_encoded(encoding, world):
+    cfg, model = encoding
+    cfg = dataclasses.replace(cfg, toy="", video=f"{world}/videos.csv", label=f"{world}/labels")
+    with pytest.raises(UserError, match="mix asks for caption samples, of which there is no list"):
+        task.make_ready(cfg, model, torch.device("cpu"))
+    assert not os.path.exists(cfg.encoded) and not os.path.exists(cfg.encoded + ".part")
+
+
+def test_a_world_of_other_options_is_refused(encoding, tmp_path):
+    cfg, _ = encoding
+    with pytest.raises(UserError, match="was rendered with clips 8, the config says 54: choose another folder"):
+        task.data_lists(dataclasses.replace(cfg, toy_clips=54))
+    for place in ("/dev/null/toy", str(tmp_path)):  # not to be made; no world
+        with pytest.raises(UserError, match=f"the toy world {place}: "):
+            task.data_lists(dataclasses.replace(cfg, toy=place))
+
+
+def test_a_vae_from_elsewhere_leaves_the_origin_of_the_rest(encoding, micro, tmp_path):
+    cfg, model = encoding
+    model.settings = dataclasses.replace(model.settings, origin={"licence": "OpenRAIL++-M", "vae": {"steps": 1}})
+    save(model, str(tmp_path / "base.safetensors"))
+    cfg = dataclasses.replace(cfg, init=str(tmp_path / "base.safetensors"), vae=micro)
+    assert task.make_model(cfg).settings.origin == {"licence": "OpenRAIL++-M", "vae": {"file": micro}}
 
 
 def test_a_tower_that_trains_has_a_gradient_in_every_weight():
