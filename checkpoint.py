@@ -10,6 +10,7 @@ extra tensors beside them under `etc.*` and the settings as JSON in its header:
 
 import argparse
 import json
+import math
 import os
 import pickle
 import re
@@ -43,6 +44,18 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"--size {text!r} is not of the form WIDTHxHEIGHT, like 256x256")
     return int(match[1]), int(match[2])
+
+
+def number_from(low: int, high: float = math.inf, kind=int):
+    """A type for argparse: numbers in low..high."""
+
+    def number(text: str):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}" if high < math.inf else
+                                             f"{text} is less than {low}")
+        return kind(text)
+
+    return number
 
 
 def command_line(main):

@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 import ablation
 import toy
-from checkpoint import Parser, UserError, command_line, first_line, load, parse_size
+from checkpoint import Parser, UserError, command_line, first_line, load, number_from, parse_size
 from data import EncodedClips, Items, encode_frames
 from grid import fold, grid_shape, unfold
 from media import Bad, View, fit_frame, frames_at, opened
 from metrics import Gaussian, frechet_distance, psnr, ssim_map, wilson
 from prepare import INVERSE_TEMPERATURE, ClipScore, spaced_frames
-from sample import SHIPPED, check_writable, decode, generate
+from sample import SHIPPED, NoiseSchedule, check_frames, check_writable, decode, generate, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy world
@@ -110,6 +110,11 @@ def grade_fps(model, split: str, fps_values, **options):
 
 
 def command_toy(args):
+    for option in ("json", "failures"):  # now, not after minutes
+        if getattr(args, option):
+            check_writable(getattr(args, option))
+    if args.failures and not args.failures.lower().endswith(".png"):
+        raise UserError(f"--failures {args.failures}: the file must end in .png")
     model = load(args.ckpt, args.device)
     guidance = model.settings.guidance if args.guidance is None else args.guidance
     eta = model.settings.eta if args.eta is None else args.eta
@@ -384,10 +389,7 @@ def command_vae(args):
     model = load(args.ckpt, args.device)
     size = parse_size(args.size) if args.size else (model.settings.width, model.settings.height)
     frames = args.frames or model.settings.frames
-    try:
-        grid_shape(frames)
-    except ValueError as error:
-        raise UserError(f"--frames: {error}") from error
+    check_frames(frames)
     clips = listed_clips(args.video, frames, size) if args.video else toy_clips(frames)
     clips = list(itertools.islice(clips, args.clips))
     if not clips:
@@ -410,10 +412,10 @@ def main():
     p.add_argument("--ckpt", default=SHIPPED)
     p.add_argument("--split", choices=("test", "val", "train"), default="test",
                    help="test: the held-out triples; val: those that guidance, eta and checkpoint are chosen on")
-    p.add_argument("--seeds", type=int, default=4, help="videos a prompt")
-    p.add_argument("--steps", type=int, default=50)
+    p.add_argument("--seeds", type=number_from(1), default=4, help="videos a prompt")
+    p.add_argument("--steps", type=number_from(1, NoiseSchedule.timesteps), default=50)
     p.add_argument("--guidance", type=float, help="default: the model's")
-    p.add_argument("--eta", type=float, help="default: the model's")
+    p.add_argument("--eta", type=number_from(0, 1, float), help="default: the model's")
     p.add_argument("--no_fps", action="store_true", help="leave out the table of motion against FPS")
     p.add_argument("--json", metavar="FILE", help="append the numbers to a JSON-lines file")
     p.add_argument("--failures", metavar="FILE.png", help="a picture of the videos that were graded wrong")
@@ -423,11 +425,12 @@ def main():
     p.add_argument("real", metavar="REAL", help="a folder of videos, a list, or encoded clips")
     p.add_argument("gen", metavar="GEN", help="likewise")
     p.add_argument("--i3d", required=True, metavar="FILE", help="i3d_torchscript.pt, which most papers use")
-    p.add_argument("--videos", type=int, default=ENOUGH, help="at most, of each set")
-    p.add_argument("--frames", type=int, default=16)
+    p.add_argument("--videos", type=number_from(1), default=ENOUGH, help="at most, of each set")
+    p.add_argument("--frames", type=number_from(1), default=16)
     p.add_argument("--fps", type=float, help="to sample both at (default: consecutive frames)")
     p.add_argument("--size", default="256x256", metavar="WxH", help="frames are brought to, before I3D's own 224x224")
-    p.add_argument("--seeds", type=int, default=3, help="choices of videos and starts; the least distance counts")
+    p.add_argument("--seeds", type=number_from(1), default=3,
+                   help="choices of videos and starts; the least distance counts")
     p.add_argument("--ckpt", help="the model whose VAE decodes encoded clips")
     p.add_argument("--cache", default=os.path.expanduser("~/.cache/etc-video/features"), help="of features, by content")
     p.set_defaults(run=command_fvd)
@@ -435,7 +438,7 @@ def main():
     p = commands.add_parser("clip", help="CLIP score of videos and their captions")
     p.add_argument("videos", metavar="LIST_OR_DIR")
     p.add_argument("--prompts", metavar="FILE", help="one a line, in the order of the videos, instead of captions")
-    p.add_argument("--frames", type=int, default=16, help="scored of each video")
+    p.add_argument("--frames", type=number_from(1), default=16, help="scored of each video")
     p.add_argument("--model", default="ViT-B-32", help="of open_clip")
     p.add_argument("--pretrained", default="openai", help="open_clip's name of the weights, or a file")
     p.set_defaults(run=command_clip)
@@ -443,19 +446,21 @@ def main():
     p = commands.add_parser("vae", help="PSNR and SSIM of frames encoded one by one and stitched")
     p.add_argument("--ckpt", default=SHIPPED)
     p.add_argument("--video", metavar="LIST", help="clips to encode (default: true renders of the toy world)")
-    p.add_argument("--clips", type=int, default=48)
-    p.add_argument("--frames", type=int, help="(default: the model's)")
+    p.add_argument("--clips", type=number_from(1), default=48)
+    p.add_argument("--frames", type=number_from(1), help="(default: the model's)")
     p.add_argument("--size", metavar="WxH", help="of frames of a list (default: the model's)")
     p.set_defaults(run=command_vae)
 
     for p in commands.choices.values():
-        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
 
     p = commands.add_parser("ablation", help="the paper's ablations in small: trains what has no result yet")
     p.add_argument("--results", default="assets/ablation.jsonl", metavar="FILE", help="one line a run, appended to")
     p.add_argument("--figure", default="assets/ablation.png", metavar="FILE.png")
     p.set_defaults(run=command_ablation)
     args = parser.parse_args()
+    if "device" in args:
+        args.device = pick_device(args.device)
     args.run(args)
 
 

@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import Parser, UserError, first_line, load, parse_size
+from checkpoint import Parser, UserError, first_line, load, number_from, parse_size
 from data import SOURCES, Items, Spec, encode_frames, fingerprint, image_names, offered_fps, read_sample
 from media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened, upright_size
+from sample import check_frames, check_size, check_writable, pick_device
 
 
 def read_text(path: str) -> str:
@@ -58,9 +59,9 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
         raise UserError(f"{out} is there already: choose another folder, or remove it")
     part, sources = out + ".part", {source: Items(source, path) for source, path in lists.items()}
     origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype), "vae": fingerprint(model.vae)}
-    done = resume_encode(part, origin)
     origin |= {"tower": fingerprint(model.text)} if text else {}
     check_writable(os.path.join(part, "index.jsonl"))
+    done = resume_encode(part, origin)
     model.vae.to(memory_format=torch.channels_last)  # a third faster on the CPU
     save_file({"context": encode_text(model, [""], dtype)} if text else {}, os.path.join(part, "empty.safetensors"))
     with open(os.path.join(part, "index.jsonl"), "a", encoding="utf-8") as index:
@@ -81,7 +82,6 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
 
 def resume_encode(part: str, origin: dict) -> set[str]:
     """Make the folder, or take up one that was left -> its finished shards."""
-    os.makedirs(part, exist_ok=True)
     settings, index, text = os.path.join(part, "spec.json"), os.path.join(part, "index.jsonl"), json.dumps(origin)
     if not os.path.exists(index):
         write_text(settings, text)
@@ -169,6 +169,7 @@ def check(source: str, path: str, spec: Spec):
     """Print what of a list cannot be used, counted by reason; name every case in a file beside the list."""
     items, reasons, seen = Items(source, path), Counter(), {}
     out = os.path.join(items.folder, os.path.basename(path.rstrip("/")) + ".check.jsonl")
+    check_writable(out)
     with open(out + ".part", "w", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(items), 1024):  # map() takes all there is at once
             chosen = range(first, min(first + 1024, len(items)))
@@ -282,6 +283,7 @@ def clip_filter(path: str, keep: float, model: str, pretrained: str | None, coun
     scores = read_scores(stem, by)
     left = [i for i in range(rank, len(items), world) if i not in scores]
     if left:
+        check_writable(f"{stem}.scores-{rank}.jsonl")
         clip = ClipScore(model, pretrained, device)
         score_items(items, left, clip, count, by, f"{stem}.scores-{rank}.jsonl", rank == 0)
     if world > 1:
@@ -368,14 +370,14 @@ def parse_arguments():
     p = commands.add_parser("check", help="report what of a list cannot be used, and why")
     p.add_argument("list", metavar="LIST")
     p.add_argument("--source", choices=SOURCES, default="video")
-    p.add_argument("--frames", type=int, default=16, help="of a clip: shorter videos are too short")
+    p.add_argument("--frames", type=number_from(1), default=16, help="of a clip: shorter videos are too short")
 
     p = commands.add_parser("filter", help="keep the clips whose frames fit their caption best (Equation 5)")
     p.add_argument("list", metavar="LIST")
     p.add_argument("--keep", type=float, default=0.05, help="the share that is kept")
     p.add_argument("--model", default="ViT-H-14", help="of open_clip")
     p.add_argument("--pretrained", default="laion2b_s32b_b79k", help="open_clip's name of the weights, or a file")
-    p.add_argument("--frames", type=int, default=4, help="scored of each clip")
+    p.add_argument("--frames", type=number_from(1), default=4, help="scored of each clip")
 
     p = commands.add_parser("encode", help="store the VAE latents of every sample")
     p.add_argument("out", metavar="OUT")
@@ -384,15 +386,15 @@ def parse_arguments():
         p.add_argument(f"--{source}", metavar="LIST")
     p.add_argument("--frames", type=int, default=16)
     p.add_argument("--size", default="256x256", metavar="WxH")
-    p.add_argument("--fps", type=int, nargs="+", default=VIDEO_FPS)
-    p.add_argument("--starts", type=int, default=1, help="samples a clip and FPS")
-    p.add_argument("--draws", type=int, default=16, help="samples a label")
+    p.add_argument("--fps", type=number_from(1, 60), nargs="+", default=VIDEO_FPS)
+    p.add_argument("--starts", type=number_from(1), default=1, help="samples a clip and FPS")
+    p.add_argument("--draws", type=number_from(1), default=16, help="samples a label")
     p.add_argument("--random_crop", action="store_true", help="instead of the middle")
     p.add_argument("--flip", action="store_true", help="half of the samples whose caption cannot mention a side")
     p.add_argument("--text", action="store_true", help="store the context of the captions too: no text tower to train")
     p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--seed", type=number_from(0), default=0)
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     return parser.parse_args()
 
 
@@ -410,5 +412,8 @@ def main():
             raise UserError("nothing to encode: name a list with --video, --label or --caption")
         spec = Spec(args.frames, *parse_size(args.size), tuple(args.fps), args.starts, args.draws, args.random_crop,
                     args.flip, args.seed)
-        encode(load(args.ckpt, args.device), lists, args.out, spec, text=args.text, dtype=getattr(torch, args.dtype))
+        model = load(args.ckpt, pick_device(args.device))
+        check_frames(args.frames)
+        check_size((spec.width, spec.height), spec.frames, model)
+        encode(model, lists, args.out, spec, text=args.text, dtype=getattr(torch, args.dtype))
 

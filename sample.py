@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from checkpoint import Model, Parser, Settings, UserError, command_line, load, parse_size
+from checkpoint import Model, Parser, Settings, UserError, command_line, load, number_from, parse_size
 from grid import fold, grid_shape, unfold
 from media import WRITERS, playback_fps, write_video
 from model import split_heads
@@ -285,17 +285,20 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Make videos of prompts.")
     parser.add_argument("prompt", nargs="*", help="what to show; several prompts make several videos")
     parser.add_argument("--prompts", metavar="FILE", help="more prompts, one a line")
-    parser.add_argument("--num", type=int, default=1, help="videos a prompt, with seeds S, S+1, ... (default 1)")
+    parser.add_argument("--num", type=number_from(1), default=1,
+                        help="videos a prompt, with seeds S, S+1, ... (default 1)")
     parser.add_argument("--ckpt", default=SHIPPED, help="model file (default: the tiny model that ships)")
     parser.add_argument("--prediction", choices=("epsilon", "v"), help="what the UNet predicts, if the file is silent")
     parser.add_argument("--frames", type=int, metavar="T", help="frames; 1 is an image (default: as trained)")
     parser.add_argument("--size", metavar="WxH", help="width x height in pixels (default: as trained)")
-    parser.add_argument("--fps", type=float, help="frame rate to show, 1..60; 0: unrelated frames, 120: a still "
-                        "(default: the model's)")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default 50)")
+    parser.add_argument("--fps", type=number_from(0, 120, float), help="frame rate to show, 1..60; 0: unrelated "
+                        "frames, 120: a still (default: the model's)")
+    parser.add_argument("--steps", type=number_from(1, NoiseSchedule.timesteps), default=50,
+                        help="sampling steps (default 50)")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")
-    parser.add_argument("--eta", type=float, help="noise that DDIM adds, 0..1 (default: the model's)")
+    parser.add_argument("--eta", type=number_from(0, 1, float),
+                        help="noise that DDIM adds, 0..1 (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to stay away from")
     parser.add_argument("--out", metavar="PATH", help="a .mp4, .gif or .png (contact sheet) file, numbered when there "
@@ -323,9 +326,11 @@ def read_prompts(args) -> list[str]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(device for device, found in there.items() if found)
-    if not there.get(name.split(":")[0]):
+    """Of its name, like "cuda:1"; None takes the first of cuda, mps, cpu that is there. Raises UserError."""
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    name = name or next(device for device, count in there.items() if count)
+    kind, _, number = name.partition(":")
+    if not re.fullmatch(r"\d*", number) or int(number or 0) >= there.get(kind, 0):
         raise UserError(f"--device {name} is not here: choose one of {', '.join(d for d in there if there[d])}")
     return torch.device(name)
 
@@ -339,15 +344,11 @@ def has_room(device, model: Model) -> bool:
 def check_request(args, model: Model):
     """Refuse what cannot be sampled, warn of what the model was never trained on."""
     settings, frames = model.settings, args.frames
-    try:
-        grid_shape(frames)
-    except ValueError as error:
-        raise UserError(f"--frames: {error}") from error
-    for name, low, high in (("fps", 0, 120), ("steps", 1, NoiseSchedule.timesteps), ("eta", 0, 1), ("num", 1, 10**6)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name} must be in {low}..{high}, not {getattr(args, name):g}")
+    check_frames(frames)
     check_size(args.size, frames, model)
     if frames == 1:
+        if settings.grid_trained:
+            warn("one frame is made without grid and FPS, as by the model that this one was trained from")
         return
     trained = ", ".join(f"{fps:g}" for fps in settings.fps_trained)
     if not settings.grid_trained:
@@ -357,6 +358,14 @@ def check_request(args, model: Model):
     if settings.grid_trained and (frames, *args.size) != (settings.frames, settings.width, settings.height):
         warn(f"this model was trained on {settings.frames} frames of {settings.width}x{settings.height}, "
              f"not {frames} of {args.size[0]}x{args.size[1]}")
+
+
+def check_frames(frames: int):
+    """Raise UserError when they make no grid."""
+    try:
+        grid_shape(frames)
+    except ValueError as error:
+        raise UserError(f"--frames: {error}") from error
 
 
 def check_size(size, frames: int, model: Model):

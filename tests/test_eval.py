@@ -66,9 +66,15 @@ def test_toy_command(run, micro, tmp_path):
     assert result["trajectories"]["model"] > result["trajectories"]["true"] > 0
     assert result["videos"] == 24 and result["shape"]["count"] <= 24 and "wrong cuts" in done.stdout
     assert Image.open(tmp_path / "f.png").size == (4 * 34, 24 * 34)
-    for options, says in ((["--ckpt", "nowhere.safetensors"], "nowhere.safetensors"), (["--eta", "2"], "0..1, not 2")):
+    for options, says in ((["--ckpt", "nowhere.safetensors"], "nowhere.safetensors"),
+                          (["--eta", "2"], "--eta: 2 is not in 0..1"),
+                          (["--failures", "/dev/null/f.png"], "/dev/null/f.png cannot be written"),
+                          (["--failures", tmp_path / "f.txt"], "must end in .png"),
+                          (["--json", "/dev/null/r.jsonl"], "/dev/null/r.jsonl cannot be written"),
+                          (["--seeds", "0"], "--seeds: 0 is less than 1"),
+                          (["--device", "cuda"], "--device cuda is not here")):
         done = run("eval.py", "toy", *options)
-        assert done.returncode == 2 and says in done.stderr
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

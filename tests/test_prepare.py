@@ -111,10 +111,31 @@ def test_two_ranks_share_the_scoring(videos, clip_weights):
 
 def test_filter_says_mistakes_in_one_line(videos, clip_weights, run):
     for options, says in ((["--keep", "5"], "lies in 0..1"), (["--model", "ViT-X"], "ViT-X"),
-                          (["--model", CLIP, "--pretrained", "nowhere.pt"], "nowhere.pt")):
+                          (["--model", CLIP, "--pretrained", "nowhere.pt"], "nowhere.pt"),
+                          (["--frames", "0"], "--frames: 0 is less than 1")):
         done = run("data.py", "filter", videos, *options)
         assert done.returncode == 2 and says in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--frames", "7"], "--frames: "), (["--size", "60x64"], "not divisible by 8"),
+    (["--fps", "0"], "--fps: 0 is not in 1..60"), (["--draws", "0"], "--draws: 0 is less than 1"),
+    (["--device", "cpu:4"], "--device cpu:4 is not here"), (["--seed", "-1"], "--seed: -1 is less than 0")])
+def test_encode_says_mistakes_in_one_line(world, micro, tmp_path, run, options, says):
+    done = run("data.py", "encode", tmp_path / "out", "--ckpt", micro, "--label", f"{world}/labels", *options)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not os.listdir(tmp_path)
+
+
+def test_places_that_cannot_be_written_are_told(world, micro, tmp_path, run):
+    done = run("data.py", "encode", "/dev/null/out", "--ckpt", micro, "--label", f"{world}/labels", "--size", "32x32")
+    assert done.returncode == 2 and done.stderr.startswith("data.py: /dev/null/out.part/index.jsonl cannot be written")
+    (tmp_path / "list.jsonl").write_text('{"path": "a.png", "caption": "one"}\n')
+    (tmp_path / "list.jsonl.check.jsonl.part").mkdir()
+    done = run("data.py", "check", tmp_path / "list.jsonl", "--source", "caption")
+    assert done.returncode == 2 and "list.jsonl.check.jsonl cannot be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_check_counts_by_reason_and_names_every_case(tmp_path, run):

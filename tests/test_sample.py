@@ -122,6 +122,7 @@ def test_prompts_file_and_image(run, micro, tmp_path):
                "--out", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path / "o")) == ["one-seed0.png", "two-seed0.png"]
+    assert done.stderr.startswith("warning: one frame is made without grid and FPS")
 
 
 def test_long_prompt_runs_and_says_what_was_cut(run, micro, tmp_path):
@@ -153,6 +154,8 @@ BAD = {
     "no number": (["x", "--steps", "many"], "--steps"),
     "unknown option": (["x", "--stepz", "3"], "--stepz"),
     "no device": (["x", "--device", "tpu"], "tpu"),
+    "no such device": (["x", "--device", "cpu:3"], "cpu:3"),
+    "no number of a device": (["x", "--device", "cpu:x"], "cpu:x"),
     "prompts file": (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
 }
 
