@@ -353,7 +353,7 @@ class EncodedClips:
         settings = read_settings(folder)
         self.records = Records(os.path.join(folder, "index.jsonl"))
         self.folder, self.text, self.vae = folder, text and settings["text"], settings["vae"]
-        self.tower = settings["tower"] if self.text else None
+        self.tower = settings.get("tower") if self.text else None  # folders of earlier versions do not say
         self.spec = Spec(**settings["spec"] | {"fps_values": tuple(settings["spec"]["fps_values"])})
         owners = [(SOURCES.index(line["source"]), line["item"]) for line in map(json.loads, self.records)]
         owners = np.array(owners).reshape(-1, 2)

@@ -100,9 +100,9 @@ def render_world(cfg: Config):
     except (toy.ToyError, OSError, ValueError) as error:
         raise UserError(f"the toy world {cfg.toy}: {error}") from error
     for name, ours in world.items():
-        if found[name] != ours:
-            raise UserError(f"the toy world {cfg.toy} was rendered with {name} {found[name]}, the config says {ours}: "
-                            "choose another folder for `toy`, or remove it")
+        if found.get(name) != ours:
+            raise UserError(f"the toy world {cfg.toy} was rendered with {name} {found.get(name)}, the config says "
+                            f"{ours}: choose another folder for `toy`, or remove it")
 
 
 class Progress:
