@@ -434,23 +434,20 @@ class Stream:
     nothing else, neither of the number of ranks and worker processes nor of what came before: resuming is asking for
     the next batch.
 
-    mix       source -> weight: in every sum(weights) consecutive samples each source appears `weight` times, evenly
-              spread, so that small batches are of several too
+    mix       source -> weight: in every sum(weights) consecutive samples each source appears `weight` times
     held_out  items at the end of each source that never appear
     """
 
     def __init__(self, clips, mix: dict[str, int], batch_size: int, seed=0, rank=0, world=1, drop_caption=0.1,
                  held_out=0):
-        places = sorted(((n + 0.5) / weight, source) for source, weight in mix.items() for n in range(weight))
-        self.pattern = [source for _, source in places]
-        sources = [source for source in mix if mix[source]]
-        for source in sources:
+        self.pattern = [s for s, weight in mix.items() for _ in range(weight)]
+        for source in self.pattern:
             if not clips.count(source):
                 raise UserError(f"mix asks for source {source!r}, of which there is no sample")
             if clips.count(source) <= held_out:
                 raise UserError(f"validation = {held_out} leaves nothing to train on of {clips.count(source)} "
                                 f"{source} samples")
-        self.sizes = {source: clips.count(source) - held_out for source in sources}
+        self.sizes = {source: clips.count(source) - held_out for source in self.pattern}
         self.clips, self.batch_size, self.drop_caption, self.held_out = clips, batch_size, drop_caption, held_out
         self.seed, self.rank, self.world = seed, rank, world
 
