@@ -1,4 +1,4 @@
-"""The tiny model, third of five: every timestep."""
+"""The tiny model, third of six: every timestep."""
 
 train = "unet"
 init = "runs/tiny_frames/model.safetensors"

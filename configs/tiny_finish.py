@@ -1,4 +1,4 @@
-"""The tiny model, fourth of five: every timestep alike, and stills of things that move.
+"""The tiny model, fourth of six: every timestep alike, and stills of things that move.
 
 Half of the images here are of something that moves and say so, which tells what FPS 0 and FPS 120 mean to a prompt of
 motion: unrelated places, and one place.

@@ -1,4 +1,4 @@
-"""The tiny model, first of five: UNet and text tower from nothing, where frames need each other and words are heard.
+"""The tiny model, first of six: UNet and text tower from nothing, where frames need each other and words are heard.
 
 Between timesteps 600 and 850 a shape is lost in the noise of one frame, and plain in sixteen: what is learned there is
 to compare frames. With less noise there is nothing to compare for, with more nothing to compare. At 4 FPS sixteen

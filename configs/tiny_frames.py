@@ -1,4 +1,4 @@
-"""The tiny model, second of five: every frame rate, still where frames need each other (see tiny_first.py).
+"""The tiny model, second of six: every frame rate, still where frames need each other (see tiny_first.py).
 
 At 8 FPS and above where a shape is no longer follows from the caption: it has to be read off the other frames.
 """

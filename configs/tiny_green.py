@@ -1,4 +1,4 @@
-"""The tiny model, last of five: more of what it still gets wrong, green on gray.
+"""The tiny model, fifth of six: more of what it still gets wrong, green on gray.
 
 Of all pairs these two differ least in brightness. Without this run shapes of that pair come out right nowhere, those
 that were trained on neither, so the lists here hold it five times as often as the world does (see the README).

@@ -10,7 +10,8 @@ import toy
 from checkpoint import load
 from sample import SHIPPED, generate
 
-RUNS = {"tiny_vae", "tiny_vae_finish", "tiny_first", "tiny_frames", "tiny_all", "tiny_finish", "tiny_green"}
+RUNS = {"tiny_vae", "tiny_vae_finish", "tiny_first", "tiny_frames", "tiny_all", "tiny_finish", "tiny_green",
+        "tiny_last", "tiny_polish"}
 
 
 def test_the_file_is_small_and_says_where_it_comes_from():
