@@ -209,10 +209,8 @@ def ablate(results: str, score):
                     file.write(json.dumps(result) + "\n")
                 print(f"{n} of {len(todo)}: {result['variant']}, seed {result['seed']}", flush=True)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # else all that is left would be done first
-            for process in active_children():  # a run asked to stop would save first
+            for process in active_children():  # asked to stop, a run would save, and its process begin the next
                 process.kill()
-                process.join()
             raise
 
 

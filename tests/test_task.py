@@ -44,7 +44,8 @@ def test_a_narrow_base_takes_a_step(world, tmp_path, monkeypatch):
         dataclasses.replace(sd21.text, width=64, layers=2, heads=2, projection=64),
     )
     monkeypatch.setitem(config.PRESETS, "sd21", narrow)
-    overrides = ["--init=", f"--toy={world}", "--video=", "--label=", "--caption=", f"--encoded={tmp_path}/encoded",
+    overrides = ["--init=", f"--toy={world}", "--toy_clips=8", "--toy_images=4", "--toy_captioned=8", "--video=",
+                 "--label=", "--caption=", f"--encoded={tmp_path}/encoded",
                  f"--out_dir={tmp_path}/run", "--width=32", "--height=32", "--fps_values=(4, 8)", "--batch_size=4",
                  "--max_steps=1", "--dtype=bfloat16", "--prompts=()", "--draws=1", "--validation=2"]
     cfg = config.read_config(f"{ROOT}/configs/base.py", overrides)
