@@ -102,16 +102,17 @@ def load_run(cfg: Config, ranks: Ranks, path: str, module, optimizer: OffloadAda
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
+        before, logged = state["samples"], state["log"]  # of an earlier version there are none
     except (KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"{path} is of another model or optimizer than the config's: choose another out_dir "
                         f"({str(error).splitlines()[0]})") from error
     if state["config"]["dtype"] == cfg.dtype:
         vars(scale).update(state["scale"])
-    before, now = state["samples"], samples_a_step(cfg, ranks)
+    now = samples_a_step(cfg, ranks)
     if before != now and not ranks.rank:
         print(f"a step saw {before} samples before, now {now}: it goes on with others than it would have. batch_size "
               "times accumulate times processes keeps them", file=sys.stderr, flush=True)
-    return state["step"], state["log"]
+    return state["step"], logged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
