@@ -9,9 +9,9 @@ Three sources (paper 4.2, "Triple-Data"), each a list with a fixed order:
 A list is WebVid's CSV, JSON lines, MSR-VTT's json, or a folder of `name.mp4` + `name.txt`; of labels, a folder of
 folders or a file of their names. A sample that cannot be used is skipped, counted and named.
 
-    python data.py check LIST                                                        # what cannot be used, and why
-    python data.py filter LIST --keep 0.05                                           # the CLIP filter, Equation 5
-    python data.py encode OUT --ckpt F --video LIST --label DIR --caption LIST       # VAE latents, ahead of training
+    python -m clips.prepare check LIST                                                        # what cannot be used, and why
+    python -m clips.prepare filter LIST --keep 0.05                                           # the CLIP filter, Equation 5
+    python -m clips.prepare encode OUT --ckpt F --video LIST --label DIR --caption LIST       # VAE latents, ahead of training
 """
 
 import csv
@@ -29,8 +29,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from checkpoint import UserError, command_line
-from media import (
+from clips.media import (
     IMAGE_ENDINGS,
     VIDEO_ENDINGS,
     VIDEO_FPS,
@@ -43,6 +42,7 @@ from media import (
     opened,
     usable_fps,
 )
+from sd.checkpoint import UserError
 
 LABEL_FPS, CAPTION_FPS = 0, 120
 SOURCES = ("video", "label", "caption")
@@ -593,10 +593,5 @@ class Faults:
                 print(f"skipped {source} {name}: {reason}", file=sys.stderr, flush=True)
         if self.met >= 100 and self.bad > self.share * self.met:
             raise UserError(f"{self.bad} of {self.met} samples cannot be used, more than max_bad = {self.share}: see "
-                            "the names above, or run `python data.py check` on the list")
+                            "the names above, or run `python -m clips.prepare check` on the list")
 
-
-if __name__ == "__main__":
-    from prepare import main  # what is done once, before training; it builds on this file
-
-    command_line(main)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from checkpoint import Model, Parser, Settings, UserError, command_line, load, number_from, parse_size
+from clips.media import WRITERS, playback_fps, write_video
 from grid import fold, grid_shape, unfold
-from media import WRITERS, playback_fps, write_video
 from model import split_heads
+from sd.checkpoint import Model, Parser, Settings, UserError, command_line, load, number_from, parse_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule

@@ -26,15 +26,15 @@ from functools import cache
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from account import dry_run
-from checkpoint import Model, UserError, command_line, save
-from config import Config, read_config
+from clips.media import write_video
 from data import SOURCES
-from media import write_video
-from offload import OffloadAdamW
-from ranks import Interrupt, Ranks
 from sample import generate, to_uint8
-from task import UNetTask, VAETask, loss_of, make_model, make_ready, open_clips, precision
+from sd.checkpoint import Model, UserError, command_line, save
+from training.account import dry_run
+from training.config import Config, read_config
+from training.offload import OffloadAdamW
+from training.ranks import Interrupt, Ranks
+from training.task import UNetTask, VAETask, loss_of, make_model, make_ready, open_clips, precision
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of a run: step-00000500.pt holds all that a resume needs

@@ -14,9 +14,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of these tests, and of what they star
 import pytest
 import torch
 
-import toy
-from checkpoint import Settings, build, save
-from config import PRESETS
+from lab import toy
+from sd.checkpoint import Settings, build, save
+from training.config import PRESETS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
@@ -32,7 +32,7 @@ def script(name, *arguments, **options):
 
 @pytest.fixture
 def run(monkeypatch):
-    """run("sample.py", ...) is what script() is, without the start of Python and the imports: most of its time."""
+    """run("sample.py", ...) or run("lab.eval", ...) is what script() is, without the start of Python and the imports: most of its time."""
 
     def run(name, *arguments):
         out, err, status = io.StringIO(), io.StringIO(), 0
@@ -40,7 +40,10 @@ def run(monkeypatch):
         monkeypatch.chdir(ROOT)
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                runpy.run_path(name, run_name="__main__")
+                if name.endswith(".py"):
+                    runpy.run_path(name, run_name="__main__")
+                else:
+                    runpy.run_module(name, run_name="__main__", alter_sys=True)
             except SystemExit as end:
                 status = end.code or 0
         return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())

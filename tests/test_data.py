@@ -21,10 +21,10 @@ from PIL import Image
 from test_media import damaged, odd_files, write_clip
 
 import data
-from checkpoint import UserError, load
+from clips.media import Bad
+from clips.prepare import encode, frame_pool
 from data import EncodedClips, Faults, Item, Items, LiveClips, Spec, Stream, batches, draw_view, shuffled
-from media import Bad
-from prepare import encode, frame_pool
+from sd.checkpoint import UserError, load
 
 SPEC = Spec(4, 32, 32, fps_values=(4, 8), starts=2, draws=3, seed=5)
 MIX = {"video": 2, "label": 1, "caption": 1}
@@ -287,12 +287,12 @@ def test_an_interrupted_encoding_goes_on(encoded, lists, micro, tmp_path):
 
 
 def test_encode_command(run, lists, micro, tmp_path):
-    done = run("data.py", "encode", tmp_path / "o", "--ckpt", micro, "--caption", lists["caption"], "--size", "32x32",
+    done = run("clips.prepare", "encode", tmp_path / "o", "--ckpt", micro, "--caption", lists["caption"], "--size", "32x32",
                "--frames", 4)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "o" / "index.jsonl").read_text().splitlines()) == 8
     for options, says in ((["--video", "nowhere.csv"], "nowhere.csv"), ([], "nothing to encode")):
-        done = run("data.py", "encode", tmp_path / "p", "--ckpt", micro, *options)
+        done = run("clips.prepare", "encode", tmp_path / "p", "--ckpt", micro, *options)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "p").exists()
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from checkpoint import load
 from embed import mixed_embedding
 from model import SD15, SD21, AttentionByParts, TextConfig, TextEncoder, UNet, attention, split_heads
+from sd.checkpoint import load
 
 FAMILIES = ("SD 1", "SD 2")
 
@@ -295,7 +295,7 @@ def test_penultimate_layer_is_transformers_and_open_clip():
     from open_clip.model import CLIP
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from checkpoint import text_parameters
+    from sd.checkpoint import text_parameters
 
     torch.manual_seed(0)
     clip = shake(CLIP(128, {"layers": 1, "width": 64, "head_width": 64, "image_size": 32, "patch_size": 16},

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from account import Account, size_of
-from checkpoint import Settings, build, load
 from model import TINY
 from sample import AttentionMaps, at_work, generate
+from sd.checkpoint import Settings, build, load
+from training.account import Account, size_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # generate()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from checkpoint import Settings, UserError
 from sample import NoiseSchedule, denoise
+from sd.checkpoint import Settings, UserError
 
 EPSILON = Settings()
 V = Settings(prediction="v")

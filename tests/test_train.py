@@ -30,9 +30,9 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 import train
-from checkpoint import load
-from config import read_config
-from task import Denoising, make_model
+from sd.checkpoint import load
+from training.config import read_config
+from training.task import Denoising, make_model
 
 
 def test_command_says_mistakes_in_one_line():
@@ -361,7 +361,7 @@ def test_fifty_losses_are_the_same_live_and_encoded_ahead(world, micro, tmp_path
     options = [f"--init={micro}", f"--vae={micro}", "--train_text=False", "--max_steps=50", "--sheet_every=50",
                "--starts=3"]
     lists = [f"--video={world}/videos.csv", f"--label={world}/labels", f"--caption={world}/images.jsonl"]
-    made = subprocess.run([sys.executable, "data.py", "encode", tmp_path / "encoded", "--ckpt", micro, "--dtype", dtype,
+    made = subprocess.run([sys.executable, "-m", "clips.prepare", "encode", tmp_path / "encoded", "--ckpt", micro, "--dtype", dtype,
                            *" ".join(lists).replace("=", " ").split(), "--frames", "4", "--size", "32x32", "--fps", "4",
                            "8", "--starts", "3", "--draws", "2", "--text"], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

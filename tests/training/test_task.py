@@ -11,15 +11,14 @@ import scipy.special
 import torch
 from conftest import ROOT
 
-import config
 import model as models
-import task
-import toy
 import train
-from checkpoint import UserError, load, save
 from grid import fold, unfold
-from ranks import Ranks
+from lab import toy
 from sample import SHIPPED, NoiseSchedule, denoise
+from sd.checkpoint import UserError, load, save
+from training import config, task
+from training.ranks import Ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's run, without its 0.9 billion numbers

@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from checkpoint import UserError
+from sd.checkpoint import UserError
 
 POLL = 0.2  # seconds between two looks
 

@@ -12,13 +12,14 @@ from dataclasses import asdict, replace
 import huggingface_hub
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import FAMILIES, error, inputs, reference, save_reference
 
-import checkpoint
-from checkpoint import Settings, UserError, build, load, model_tensors, save
 from model import TINY, ModelConfig, TextConfig, UNetConfig, VAEConfig
+from sd import checkpoint
+from sd.checkpoint import Settings, UserError, build, load, model_tensors, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not say what it predicts")
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -523,7 +524,7 @@ def test_missing_files_are_not_taken_for_repositories(path, monkeypatch):
 CHILD = """
 import sys, torch
 import open_clip.transformer  # imported by the text tower: part of the baseline, not of loading
-from checkpoint import load, model_tensors
+from sd.checkpoint import load, model_tensors
 
 def memory(what):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
@@ -552,9 +553,9 @@ def test_memory_while_loading(tmp_path, kind, stored, wanted):
     tensors = {name: torch.zeros(t.shape, dtype=stored) for name, t in model_tensors(model).items()}
     save_file(tensors, path) if kind == "safetensors" else torch.save({"state_dict": tensors}, path)
     del tensors
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
     child = subprocess.run([sys.executable, "-W", "ignore", "-c", CHILD, path, wanted], capture_output=True, text=True,
-                           env=os.environ | {"PYTHONPATH": root})
+                           env=os.environ | {"PYTHONPATH": ROOT})
     assert child.returncode == 0, child.stderr
     peak, result = map(int, child.stdout.split())
     larger = max(os.path.getsize(path), result)

@@ -10,9 +10,7 @@ from dataclasses import asdict, fields, replace
 import torch
 from torch import nn
 
-import toy
-from checkpoint import Model, Settings, UserError, build, load
-from config import PRESETS, Config
+from clips.prepare import encode, frame_pool
 from data import (
     SOURCES,
     Batch,
@@ -27,9 +25,11 @@ from data import (
     read_settings,
 )
 from grid import fold, grid_shape
+from lab import toy
 from model import ModelConfig
-from prepare import encode, frame_pool
 from sample import NoiseSchedule, check_size
+from sd.checkpoint import Model, Settings, UserError, build, load
+from training.config import PRESETS, Config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and data of a run

@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from checkpoint import Parser, UserError, first_line, load, number_from, parse_size
+from clips.media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened, upright_size
 from data import SOURCES, Items, Spec, encode_frames, fingerprint, image_names, offered_fps, read_sample
-from media import VIDEO_FPS, Bad, View, fit_frame, fit_image, frames_at, opened, upright_size
 from sample import check_frames, check_size, check_writable, pick_device
+from sd.checkpoint import Parser, UserError, command_line, first_line, load, number_from, parse_size
 
 
 def read_text(path: str) -> str:
@@ -417,3 +417,6 @@ def main():
         check_size((spec.width, spec.height), spec.frames, model)
         encode(model, lists, args.out, spec, text=args.text, dtype=getattr(torch, args.dtype))
 
+
+if __name__ == "__main__":
+    command_line(main)

@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import Settings, UserError, build, load
-from config import Config
 from data import EncodedClips, Items, encode_frames
 from grid import grid_shape
 from model import ModelConfig
-from offload import OffloadAdamW
-from task import Autoencoding, Denoising, architecture, check_sides, data_lists, loss_of
+from sd.checkpoint import Settings, UserError, build, load
+from training.config import Config
+from training.offload import OffloadAdamW
+from training.task import Autoencoding, Denoising, architecture, check_sides, data_lists, loss_of
 
 
 class Account(TorchDispatchMode):

@@ -21,15 +21,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import ablation
-import toy
-from checkpoint import Parser, UserError, command_line, first_line, load, number_from, parse_size
+from clips.media import Bad, View, fit_frame, frames_at, opened
+from clips.prepare import INVERSE_TEMPERATURE, ClipScore, spaced_frames
 from data import EncodedClips, Items, encode_frames
 from grid import fold, grid_shape, unfold
-from media import Bad, View, fit_frame, frames_at, opened
-from metrics import Gaussian, frechet_distance, psnr, ssim_map, wilson
-from prepare import INVERSE_TEMPERATURE, ClipScore, spaced_frames
+from lab import ablation, toy
+from lab.metrics import Gaussian, frechet_distance, psnr, ssim_map, wilson
 from sample import SHIPPED, NoiseSchedule, check_frames, check_writable, decode, generate, pick_device
+from sd.checkpoint import Parser, UserError, command_line, first_line, load, number_from, parse_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy world
@@ -455,8 +454,8 @@ def main():
         p.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
 
     p = commands.add_parser("ablation", help="the paper's ablations in small: trains what has no result yet")
-    p.add_argument("--results", default="assets/ablation.jsonl", metavar="FILE", help="one line a run, appended to")
-    p.add_argument("--figure", default="assets/ablation.png", metavar="FILE.png")
+    p.add_argument("--results", default="docs/ablation.jsonl", metavar="FILE", help="one line a run, appended to")
+    p.add_argument("--figure", default="docs/ablation.png", metavar="FILE.png")
     p.set_defaults(run=command_ablation)
     args = parser.parse_args()
     if "device" in args:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from checkpoint import UserError
+from sd.checkpoint import UserError
 
 VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")

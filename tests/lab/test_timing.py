@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
+from lab.timing import Parts, default_dtype, flop_of, in_turn, unfilled
 from model import MICRO, UNet
-from timing import Parts, default_dtype, flop_of, in_turn, unfilled
 
 CPU = torch.device("cpu")
 INPUTS = torch.randn(2, 4, 16, 16), torch.full((2,), 5), torch.randn(2, 7, 32)

@@ -41,7 +41,7 @@ def videos(world, tmp_path):
 @pytest.fixture
 def filtered(videos, clip_weights, run):
     """filtered(*options): the command on that list."""
-    return lambda *options: run("data.py", "filter", videos, "--model", CLIP, "--pretrained", clip_weights, *options)
+    return lambda *options: run("clips.prepare", "filter", videos, "--model", CLIP, "--pretrained", clip_weights, *options)
 
 
 def scores(videos):
@@ -100,7 +100,7 @@ def test_scores_of_other_settings_do_not_count(videos, filtered):
 
 
 def test_two_ranks_share_the_scoring(videos, clip_weights):
-    done = script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "data.py", "filter", videos,
+    done = script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "clips.prepare", "filter", videos,
                   "--model", CLIP, "--pretrained", clip_weights, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     shares = [{json.loads(line)["item"] for line in path.read_text().splitlines()}
@@ -113,7 +113,7 @@ def test_filter_says_mistakes_in_one_line(videos, clip_weights, run):
     for options, says in ((["--keep", "5"], "lies in 0..1"), (["--model", "ViT-X"], "ViT-X"),
                           (["--model", CLIP, "--pretrained", "nowhere.pt"], "nowhere.pt"),
                           (["--frames", "0"], "--frames: 0 is less than 1")):
-        done = run("data.py", "filter", videos, *options)
+        done = run("clips.prepare", "filter", videos, *options)
         assert done.returncode == 2 and says in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
 
@@ -123,17 +123,17 @@ def test_filter_says_mistakes_in_one_line(videos, clip_weights, run):
     (["--fps", "0"], "--fps: 0 is not in 1..60"), (["--draws", "0"], "--draws: 0 is less than 1"),
     (["--device", "cpu:4"], "--device cpu:4 is not here"), (["--seed", "-1"], "--seed: -1 is less than 0")])
 def test_encode_says_mistakes_in_one_line(world, micro, tmp_path, run, options, says):
-    done = run("data.py", "encode", tmp_path / "out", "--ckpt", micro, "--label", f"{world}/labels", *options)
+    done = run("clips.prepare", "encode", tmp_path / "out", "--ckpt", micro, "--label", f"{world}/labels", *options)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not os.listdir(tmp_path)
 
 
 def test_places_that_cannot_be_written_are_told(world, micro, tmp_path, run):
-    done = run("data.py", "encode", "/dev/null/out", "--ckpt", micro, "--label", f"{world}/labels", "--size", "32x32")
+    done = run("clips.prepare", "encode", "/dev/null/out", "--ckpt", micro, "--label", f"{world}/labels", "--size", "32x32")
     assert done.returncode == 2 and done.stderr.startswith("data.py: /dev/null/out.part/index.jsonl cannot be written")
     (tmp_path / "list.jsonl").write_text('{"path": "a.png", "caption": "one"}\n')
     (tmp_path / "list.jsonl.check.jsonl.part").mkdir()
-    done = run("data.py", "check", tmp_path / "list.jsonl", "--source", "caption")
+    done = run("clips.prepare", "check", tmp_path / "list.jsonl", "--source", "caption")
     assert done.returncode == 2 and "list.jsonl.check.jsonl cannot be written" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -148,7 +148,7 @@ def test_check_counts_by_reason_and_names_every_case(tmp_path, run):
     lines = [{"path": f"{name}.mp4", "caption": "x"} for name in ("good", "short", "copy", "text", "cut", "missing")]
     lines += [{"path": "good.mp4"}, {"caption": "x"}]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = run("data.py", "check", tmp_path / "list.jsonl")
+    done = run("clips.prepare", "check", tmp_path / "list.jsonl")
     assert done.returncode == 0, done.stderr
     found = {}
     for line in map(json.loads, (tmp_path / "list.jsonl.check.jsonl").read_text().splitlines()):
@@ -166,7 +166,7 @@ def test_check_of_images(world, tmp_path, run):
     folder = sorted((tmp_path / "labels").iterdir())[3]
     (folder / "broken.jpg").write_bytes(b"\xff\xd8")
     (tmp_path / "labels" / "a label without images").mkdir()
-    done = run("data.py", "check", tmp_path / "labels", "--source", "label")
+    done = run("clips.prepare", "check", tmp_path / "labels", "--source", "label")
     assert done.returncode == 0, done.stderr
     assert "1  not an image that can be read" in done.stdout and "1  no image in it" in done.stdout
     assert str(folder / "broken.jpg") in (tmp_path / "labels" / "labels.check.jsonl").read_text()

@@ -9,9 +9,7 @@ import torch
 from conftest import ROOT
 from torch.profiler import ProfilerActivity, profile
 
-import account
-import config
-import task
+from training import account, config, task
 
 
 def allocated(work) -> int:

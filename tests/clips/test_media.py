@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from media import (
+from clips.media import (
     Bad,
     View,
     contact_sheet,

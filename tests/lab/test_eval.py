@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import av
+import eval as evaluate
 import numpy as np
 import open_clip
 import pytest
@@ -14,11 +15,10 @@ from conftest import ROOT
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-import eval as evaluate
-import toy
-from checkpoint import load
-from media import write_video
+from clips.media import write_video
+from lab import toy
 from sample import decode
+from sd.checkpoint import load
 
 
 def test_true_renders_get_full_marks(monkeypatch):
@@ -59,7 +59,7 @@ def test_grader_is_right_after_the_vae_and_h264(tmp_path, split):
 
 
 def test_toy_command(run, micro, tmp_path):
-    done = run("eval.py", "toy", "--ckpt", micro, "--split", "val", "--seeds", 1, "--steps", 1, "--no_fps",
+    done = run("lab.eval", "toy", "--ckpt", micro, "--split", "val", "--seeds", 1, "--steps", 1, "--no_fps",
                "--json", tmp_path / "r.jsonl", "--failures", tmp_path / "f.png")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.jsonl").read_text())
@@ -73,7 +73,7 @@ def test_toy_command(run, micro, tmp_path):
                           (["--json", "/dev/null/r.jsonl"], "/dev/null/r.jsonl cannot be written"),
                           (["--seeds", "0"], "--seeds: 0 is less than 1"),
                           (["--device", "cuda"], "--device cuda is not here")):
-        done = run("eval.py", "toy", *options)
+        done = run("lab.eval", "toy", *options)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -110,7 +110,7 @@ def write_clips(folder, rng, count=48, noise=0.0):
 
 
 def fvd(run, i3d, *arguments):
-    done = run("eval.py", "fvd", *arguments, "--i3d", i3d, "--seeds", 2)
+    done = run("lab.eval", "fvd", *arguments, "--i3d", i3d, "--seeds", 2)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[1]), done
 
@@ -139,14 +139,14 @@ def test_fvd_of_encoded_clips_and_of_what_cannot_be_used(run, i3d, finished, mic
     assert "8 real and 8 generated" in done.stdout and "says next to nothing" in done.stderr
     for options, says in (([*ckpt], "at 4, 8 FPS: ask for that"), (["--fps", 8], "say with --ckpt"),
                           ([*ckpt, "--fps", 8, "--frames", 16], "holds 4 frames of 32x32")):
-        done = run("eval.py", "fvd", *both, "--i3d", i3d, *cache, *options)
+        done = run("lab.eval", "fvd", *both, "--i3d", i3d, *cache, *options)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
     (tmp_path / "clips").mkdir()
     write_clips(tmp_path / "clips", np.random.default_rng(0), count=3)
     (tmp_path / "clips" / "001.mp4").write_bytes(b"no video")
     _, done = fvd(run, i3d, tmp_path / "clips", tmp_path / "clips", *cache)
     assert "skipped " in done.stderr and "2 real and 2 generated" in done.stdout
-    done = run("eval.py", "fvd", tmp_path / "clips", tmp_path / "clips", "--i3d", micro)
+    done = run("lab.eval", "fvd", tmp_path / "clips", tmp_path / "clips", "--i3d", micro)
     assert done.returncode == 2 and "is not a TorchScript file" in done.stderr
 
 
@@ -158,7 +158,7 @@ def test_fvd_holds_no_more_of_many_videos(i3d, tmp_path):
     for count in (20, 120):
         lines = [json.dumps({"path": f"{n % 10:03d}.mp4", "caption": ""}) for n in range(count)]
         (tmp_path / "list.jsonl").write_text("\n".join(lines))
-        child = subprocess.Popen([sys.executable, "eval.py", "fvd", tmp_path / "list.jsonl", tmp_path / "list.jsonl",
+        child = subprocess.Popen([sys.executable, "-m", "lab.eval", "fvd", tmp_path / "list.jsonl", tmp_path / "list.jsonl",
                                   "--i3d", i3d, "--seeds", "1", "--cache", tmp_path / f"cache {count}"], cwd=ROOT,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(child.pid, 0)
@@ -180,7 +180,7 @@ def test_clip_score_is_open_clips(run, tmp_path):
     write_clips(tmp_path / "clips", np.random.default_rng(0), count=2)
     prompts = ["a red circle", "snow on a mountain"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    done = run("eval.py", "clip", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt", "--model", "RN50",
+    done = run("lab.eval", "clip", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt", "--model", "RN50",
                "--pretrained", tmp_path / "clip.pt", "--frames", 4)
     assert done.returncode == 0, done.stderr
     model.eval()
@@ -193,7 +193,7 @@ def test_clip_score_is_open_clips(run, tmp_path):
         expected.append(np.mean([100 * torch.cosine_similarity(image, text, dim=0).item() for image in images]))
     assert float(done.stdout.split()[2]) == pytest.approx(np.mean(expected), abs=0.006)
     (tmp_path / "prompts.txt").write_text("one")
-    done = run("eval.py", "clip", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt")
+    done = run("lab.eval", "clip", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt")
     assert done.returncode == 2 and "has 1 prompts for 2 videos" in done.stderr
 
 
@@ -216,5 +216,5 @@ def test_vae_scores_are_scikit_images(run):
         assert scores[how]["PSNR inside"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
         rim = ((true - back) ** 2).sum() - ((true - back)[..., 8:-8, 8:-8] ** 2).sum()
         assert scores[how]["PSNR border"] == pytest.approx(-10 * np.log10(rim / (4 * 3 * (64**2 - 48**2))), abs=0.01)
-    done = run("eval.py", "vae", "--clips", 1, "--frames", 4)
+    done = run("lab.eval", "vae", "--clips", 1, "--frames", 4)
     assert done.returncode == 0 and "one by one" in done.stdout and "stitched" in done.stdout, done.stderr

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from metrics import Gaussian, frechet_distance, psnr, ssim_map, wilson
+from lab.metrics import Gaussian, frechet_distance, psnr, ssim_map, wilson
 
 
 @pytest.mark.parametrize("right, n", [(0, 10), (3, 10), (10, 10), (183, 192), (192, 192)])

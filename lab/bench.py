@@ -31,18 +31,28 @@ import torch.nn.functional as F
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import peers
-from account import Account, setting, size_of
-from checkpoint import Parser, Settings, build, command_line
-from config import Config, read_config
 from grid import fold, grid_shape
+from lab import peers
+from lab.timing import (
+    arithmetic,
+    ceilings,
+    default_dtype,
+    flop_of,
+    in_turn,
+    operators_table,
+    parts_table,
+    report,
+    unfilled,
+)
 from model import SD21, TINY, AttentionByParts, UNet, attention
-from offload import OffloadAdamW
 from sample import DTYPES, NoiseSchedule, denoise, pick_device
-from task import loss_of, precision
-from timing import arithmetic, ceilings, default_dtype, flop_of, in_turn, operators_table, parts_table, report, unfilled
+from sd.checkpoint import Parser, Settings, build, command_line
+from training.account import Account, setting, size_of
+from training.config import Config, read_config
+from training.offload import OffloadAdamW
+from training.task import loss_of, precision
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The UNet of Stable Diffusion 2.1

@@ -36,7 +36,7 @@ HANGING = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from ranks import Ranks
+from training.ranks import Ranks
 
 def reads_from_a_dead_disk():
     time.sleep(1000)
@@ -66,7 +66,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
 
 def test_alone_there_is_nobody_to_watch(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    from ranks import Ranks
+    from training.ranks import Ranks
 
     with Ranks(timeout=1) as ranks:
         ranks.at("data")

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from account import size_of
 from model import Attention, UNet
+from training.account import size_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Turns

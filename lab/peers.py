@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from checkpoint import parameters, unet_layers
-from media import View, cover, fit_frame, frames_at, opened
+from clips.media import View, cover, fit_frame, frames_at, opened
 from model import UNet, UNetConfig
+from sd.checkpoint import parameters, unet_layers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # UNets of diffusers, with random weights, and a pipeline around them

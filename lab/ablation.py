@@ -23,20 +23,29 @@ import numpy as np
 import torch
 from torch import nn
 
-import toy
-from checkpoint import UserError
-from config import Config, read_config
+from clips.prepare import encode_text
 from data import CAPTION_FPS, encode_frames, generator
 from embed import mixed_embedding
 from grid import fold
-from metrics import wilson
+from lab import toy
+from lab.metrics import wilson
 from model import UNet
-from prepare import encode_text
-from ranks import Ranks
-from task import VALIDATION_TIMESTEPS, Denoising, UNetTask, loss_of, make_model, make_ready, open_clips, precision
+from sd.checkpoint import UserError
 from train import commit, run
+from training.config import Config, read_config
+from training.ranks import Ranks
+from training.task import (
+    VALIDATION_TIMESTEPS,
+    Denoising,
+    UNetTask,
+    loss_of,
+    make_model,
+    make_ready,
+    open_clips,
+    precision,
+)
 
-CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs", "ablation")
 SEEDS = 3
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +179,7 @@ def true_loss(cfg: Config, model, fps: float, said=None) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # All of it
 
-BASE = ("ablation_image", "ablation_compare", "ablation_sheets")  # configs, each of which goes on from the one before
+BASE = ("image", "compare", "sheets")  # configs, each of which goes on from the one before
 
 
 def prepare_runs() -> Config:
@@ -180,7 +189,7 @@ def prepare_runs() -> Config:
         cfg = read_config(os.path.join(CONFIGS, name + ".py"), [])
         if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
             train(cfg, image_unet if name == BASE[0] else lambda unet: unet)
-    cfg = read_config(os.path.join(CONFIGS, "ablation.py"), [])
+    cfg = read_config(os.path.join(CONFIGS, "run.py"), [])
     with Ranks(cfg.timeout) as ranks:
         make_ready(cfg, make_model(cfg), ranks.device)
     return cfg

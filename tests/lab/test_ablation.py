@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-import ablation
-import config
 import train
-from ablation import GatedUNet, Row, Variant, video_unet
-from config import PRESETS
-from metrics import wilson
+from lab import ablation
+from lab.ablation import GatedUNet, Row, Variant, video_unet
+from lab.metrics import wilson
 from model import UNet, UNetConfig
+from training import config
+from training.config import PRESETS
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_mistakes_are_told_before_any_run(run, tmp_path):
     for options, says in ((["--results", "/dev/null/r.jsonl"], "cannot be written"),
                           (["--figure", "/dev/null/f.png"], "cannot be written"),
                           (["--results", tmp_path / "results.jsonl"], "line 1: not the result of a run")):
-        done = run("eval.py", "ablation", "--figure", tmp_path / "f.png", *options)
+        done = run("lab.eval", "ablation", "--figure", tmp_path / "f.png", *options)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 

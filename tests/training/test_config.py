@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import config
-from checkpoint import UserError
+from sd.checkpoint import UserError
+from training import config
 
-CONFIGS = sorted(Path(ROOT, "configs").glob("*.py"))
+CONFIGS = sorted(Path(ROOT, "configs").rglob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_reads(path):

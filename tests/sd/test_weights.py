@@ -6,9 +6,9 @@ import os
 import av
 from conftest import ROOT, script
 
-import toy
-from checkpoint import load
+from lab import toy
 from sample import SHIPPED, generate
+from sd.checkpoint import load
 
 RUNS = {"tiny_vae", "tiny_vae_finish", "tiny_first", "tiny_frames", "tiny_all", "tiny_finish", "tiny_green",
         "tiny_last", "tiny_polish"}

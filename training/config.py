@@ -8,10 +8,10 @@ import typing
 from dataclasses import dataclass, field
 
 import model as models
-from checkpoint import UserError
 from data import SOURCES
 from grid import grid_shape
 from sample import NoiseSchedule
+from sd.checkpoint import UserError
 
 PRESETS = {"micro": models.MICRO, "tiny": models.TINY, "sd15": models.SD15, "sd21": models.SD21}
 

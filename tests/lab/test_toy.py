@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import toy
+from lab import toy
 
 ALL = list(product(toy.COLORS, toy.SHAPES, toy.DIRECTIONS))
 SMALL = {"clips": 3, "images": 1, "captioned": 5}
@@ -294,7 +294,7 @@ def test_the_rest_of_a_killed_run_is_no_obstacle_and_an_empty_folder_is_none(tmp
 def test_bad_commands_say_so_in_one_line(tmp_path, arguments, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    done = subprocess.run([sys.executable, toy.__file__, *[word.format(tmp_path) for word in arguments]],
+    done = subprocess.run([sys.executable, "-m", "lab.toy", *[word.format(tmp_path) for word in arguments]],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from offload import ALIGN, OffloadAdamW, shard
+from training.offload import ALIGN, OffloadAdamW, shard
 
 SHAPES = [(37, 5), (64,), (), (8, 3, 3, 3), (1001,), (16, 16, 1, 1)]
 GROUPS = [{"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1},
