@@ -6,6 +6,10 @@ Frames fill the first *column* of the grid top to bottom, then the next column:
                                        1 3 5
 """
 
+import math
+
+import torch
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The shape of the grid: the factor pair of T nearest to a square
 
@@ -17,16 +21,17 @@ def grid_shape(T: int) -> tuple[int, int]:
     Raises ValueError when T < 1, and when T is a prime above 3 (its only grid is one long row of frames).
     """
     if T < 1:
-        raise ValueError(f"a video has at least 1 frame, not {T}")
-    rows = _largest_factor_up_to_root(T)
+        raise ValueError(f"frames must be >= 1, got {T}")
+    rows = largest_factor(T)
     if rows == 1 and T > 3:
         # T - 1 and T + 1 are even and at least 4, so both make a grid of two rows or more
-        raise ValueError(f"{T} frames make no grid, because {T} is prime: use {T - 1} or {T + 1}")
+        raise ValueError(f"frames must make a grid, got {T}, which is prime: use {T - 1} or {T + 1}")
     return rows, T // rows
 
 
-def _largest_factor_up_to_root(T: int) -> int:
-    return max(f for f in range(1, int(T**0.5) + 1) if T % f == 0)
+def largest_factor(n: int) -> int:
+    """The largest factor of n that is not above its square root: 16 -> 4, 32 -> 4, 7 -> 1."""
+    return max(f for f in range(1, math.isqrt(n) + 1) if n % f == 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,3 +61,13 @@ def unfold(image, rows: int, cols: int):
     h, w = H // rows, W // cols
     video = image.reshape(B, C, rows, h, cols, w).permute(0, 4, 2, 1, 3, 5)  # (B, cols, rows, C, h, w)
     return video.reshape(B, rows * cols, C, h, w)
+
+
+def frame_of_pixel(H: int, W: int, rows: int, cols: int, device=None):
+    """The number of the frame whose cell holds the middle of each pixel of a grid image -> (H, W) whole numbers.
+
+    Deep in the UNet a cell need not be a whole number of pixels; where it is, this is the t of Equation 1.
+    """
+    row = ((torch.arange(H, device=device) + 0.5) * rows / H).long()
+    col = ((torch.arange(W, device=device) + 0.5) * cols / W).long()
+    return row[:, None] + col * rows

@@ -1,25 +1,29 @@
 """From a prompt to a video: the noise schedule, the samplers, generate(), and the command line.
 
     python sample.py "a red circle moving right"
+
+Sampling in five lines (`denoise`):
+
+    x = noise
+    for i, t in enumerate(timesteps):                                       # noisiest first
+        without, with_prompt = unet(x, t, negative), unet(x, t, context)
+        x0, eps = schedule.x0_and_eps(x, without + guidance * (with_prompt - without), t)
+        x = sampler.step(i, x, x0, eps)
 """
 
-import argparse
-import itertools
 import os
-import re
 import sys
-from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from clips.media import WRITERS, playback_fps, write_video
+import cli
+import sd
+from cli import option
+from clips.write import claim_paths, playback_fps, release, write_video
 from grid import fold, grid_shape, unfold
-from model import split_heads
-from sd.checkpoint import Model, Parser, Settings, UserError, command_line, load, number_from, parse_size
+from sd.device import DTYPES, at_work, has_room, pick_device, pick_dtype
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule
@@ -30,17 +34,23 @@ class NoiseSchedule:
 
     `zero_snr` shifts and scales sqrt(ᾱ) so that the last timestep is pure noise (Lin et al. 2023, Algorithm 1): only
     then does a sampler, which starts from pure noise, start from what the model was trained on.
+
+    Raises ValueError on settings that are unknown, or do not go together.
     """
 
     timesteps = 1000
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: sd.Settings):
+        known = {"prediction": ("epsilon", "v"), "spacing": ("leading", "trailing"),
+                 "beta_schedule": ("scaled_linear", "linear")}
+        for name, values in known.items():
+            if getattr(settings, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(settings, name)!r}")
         if settings.zero_snr and settings.prediction != "v":
-            raise UserError('zero_snr needs prediction "v": at pure noise, ε says nothing of x_0')
-        if settings.prediction not in ("epsilon", "v") or settings.spacing not in ("leading", "trailing"):
-            raise UserError(f'prediction is "epsilon" or "v", spacing "leading" or "trailing", not {settings}')
-        first, last = settings.beta_start**0.5, settings.beta_end**0.5
-        betas = torch.linspace(first, last, self.timesteps, dtype=torch.float64) ** 2
+            raise ValueError('zero_snr needs prediction "v": at pure noise, ε says nothing of x_0')
+        root = 0.5 if settings.beta_schedule == "scaled_linear" else 1
+        first, last = settings.beta_start**root, settings.beta_end**root
+        betas = torch.linspace(first, last, self.timesteps, dtype=torch.float64) ** (1 / root)
         signal = (1 - betas).cumprod(0).sqrt()  # sqrt(ᾱ)
         if settings.zero_snr:
             signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
@@ -48,12 +58,13 @@ class NoiseSchedule:
         self.prediction, self.spacing = settings.prediction, settings.spacing
 
     def signal_and_noise(self, t, like):
-        """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t) for t (B,), shaped to multiply `like` (B, ...)."""
-        a = self.alphas_cumprod.to(like.device)[t].view(-1, *[1] * (like.ndim - 1))
+        """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), for t (B,) or a map of timesteps (B, 1, H, W), shaped to multiply `like`."""
+        a = self.alphas_cumprod.to(like.device)[t]
+        a = a.view(*a.shape, *[1] * (like.ndim - a.ndim))
         return a.sqrt(), (1 - a).sqrt()
 
     def add_noise(self, x0, eps, t):
-        """x_t for clean x0, noise eps and timesteps t (B,)."""
+        """x_t for clean x0, noise eps and timesteps t."""
         signal, noise = self.signal_and_noise(t, x0)
         return signal * x0 + noise * eps
 
@@ -65,7 +76,7 @@ class NoiseSchedule:
         return signal * eps - noise * x0
 
     def x0_and_eps(self, x, output, t):
-        """Turn the UNet's output at x_t around: the (x_0, ε) that it stands for."""
+        """Solve for (x_0, ε), given x_t and the UNet's output there."""
         signal, noise = self.signal_and_noise(t, x)
         if self.prediction == "epsilon":
             return (x - noise * output) / signal, output
@@ -75,35 +86,53 @@ class NoiseSchedule:
         """The timesteps of a sampler with `steps` steps, noisiest first.
 
         "leading" with offset 1 is what published Stable Diffusion pipelines do; it never visits the last timestep.
-        "trailing" starts at the last one, as a zero-SNR schedule needs. Raises UserError outside 1..1000 steps.
+        "trailing" starts at the last one, as a zero-SNR schedule needs. Raises ValueError outside 1..1000 steps.
         """
         if not 1 <= steps <= self.timesteps:
-            raise UserError(f"--steps must be in 1..{self.timesteps}, not {steps}")
+            raise ValueError(f"steps must be in 1..{self.timesteps}, got {steps}")
         if self.spacing == "leading":
             return [min(i * (self.timesteps // steps) + 1, self.timesteps - 1) for i in reversed(range(steps))]
         return [round(self.timesteps * (i + 1) / steps) - 1 for i in reversed(range(steps))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samplers: one step from x_t to the x of the next, less noisy timestep
+# Samplers: one step from x_t to the x of the next, less noisy timestep. A new one is a class and a line in SAMPLERS.
 
 
-def ddim_step(x, x0, eps, a, a_next, eta: float, noise):
-    """DDIM (Song et al. 2021, Equation 12). a, a_next: ᾱ now and next; eta 0 is deterministic, 1 is ancestral."""
-    sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
-    x = a_next.sqrt() * x0 + (1 - a_next - sigma**2).clamp(min=0).sqrt() * eps
-    return x + sigma * noise() if eta > 0 else x
+class DDIM:
+    """DDIM (Song et al. 2021, Equation 12). It ends at ᾱ_0, as published pipelines do.
+
+    eta    how much of the ancestral noise it adds, 0..1: 0 is deterministic, 1 is ancestral
+    noise  () -> fresh noise like x
+    """
+
+    def __init__(self, schedule: NoiseSchedule, timesteps: list[int], eta: float, noise):
+        self.alphas = schedule.alphas_cumprod[[*timesteps, 0]]  # ᾱ of every step, and after the last
+        self.eta, self.noise = eta, noise
+
+    def step(self, i: int, x, x0, eps):
+        """x_t of step i, and the x_0 and ε predicted there -> x of step i + 1."""
+        a, a_next = self.alphas[i], self.alphas[i + 1]
+        sigma = self.eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
+        x = a_next.sqrt() * x0 + (1 - a_next - sigma**2).clamp(min=0).sqrt() * eps
+        return x + sigma * self.noise() if self.eta > 0 else x
 
 
-def ddpm_step(x, x0, eps, a, a_next, eta: float, noise):
-    """Ancestral DDPM on the respaced schedule (Ho et al. 2020, Equations 6-7), variance `fixed_small`."""
-    alpha = a / a_next
-    mean = (a_next.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - a_next) * x) / (1 - a)
-    variance = (1 - a_next) / (1 - a) * (1 - alpha)
-    return mean + variance.sqrt() * noise() if variance > 0 else mean
+class DDPM:
+    """Ancestral DDPM on the respaced schedule (Ho et al. 2020, Equations 6-7), variance `fixed_small`. Ends at ᾱ = 1."""
+
+    def __init__(self, schedule: NoiseSchedule, timesteps: list[int], eta: float, noise):
+        self.alphas, self.noise = torch.cat([schedule.alphas_cumprod[timesteps], torch.ones(1)]), noise
+
+    def step(self, i: int, x, x0, eps):
+        a, a_next = self.alphas[i], self.alphas[i + 1]
+        alpha = a / a_next
+        mean = (a_next.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - a_next) * x) / (1 - a)
+        variance = (1 - a_next) / (1 - a) * (1 - alpha)
+        return mean + variance.sqrt() * self.noise() if variance > 0 else mean
 
 
-SAMPLERS = {"ddim": ddim_step, "ddpm": ddpm_step}
+SAMPLERS = {"ddim": DDIM, "ddpm": DDPM}
 
 
 def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=50, guidance=7.0,
@@ -114,73 +143,111 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
     x         (B, 4, H, W) pure noise, frames folded into a grid image
     context   (B, L, D) of the prompts, `negative` of what to stay away from ("" usually)
     fps       (B,) or None; both halves of guidance get it
-    guidance  ε = ε(negative) + guidance * (ε(prompt) - ε(negative)); 1 is no guidance, and costs half
-    eta       how much of ancestral noise DDIM adds, 0..1; else UserError
+    guidance  ε = ε(negative) + guidance * (ε(prompt) - ε(negative)); a number, or a function of the timestep that
+              gives one. Where it is 1 there is no guidance, and a step costs half
+    eta       how much of the ancestral noise DDIM adds, 0..1; else ValueError
     noise     () -> fresh noise like x, for samplers that add some
     """
     if not 0 <= eta <= 1:
-        raise UserError(f"eta lies in 0..1, not {eta:g}")
-    step = SAMPLERS[sampler]
-    noise = noise or (lambda: torch.randn_like(x))
+        raise ValueError(f"eta must be in 0..1, got {eta:g}")
     timesteps = schedule.sampling_timesteps(steps)
-    guided = guidance != 1
-    with torch.no_grad():
-        context = unet.encode_context(torch.cat([negative, context]) if guided else context)
-    if guided and fps is not None:
-        fps = torch.cat([fps, fps])
-    last = schedule.alphas_cumprod[0] if sampler == "ddim" else torch.ones(())  # as published pipelines end
+    sampler = SAMPLERS[sampler](schedule, timesteps, eta, noise or (lambda: torch.randn_like(x)))
+    both, both_fps = torch.cat([negative, context]), None if fps is None else torch.cat([fps, fps])
     for i, t in enumerate(timesteps):
         with torch.no_grad():
-            now = torch.full((len(x),), t, device=x.device)
-            double = torch.cat([x, x]) if guided else x
-            output = unet(double, now.repeat(2) if guided else now, context, fps, grid).to(x.dtype)
-            if guided:
+            now, scale = torch.full((len(x),), t, device=x.device), guidance(t) if callable(guidance) else guidance
+            if scale == 1:
+                output = unet(x, now, context, fps, grid).to(x.dtype)
+            else:
+                output = unet(torch.cat([x, x]), now.repeat(2), both, both_fps, grid).to(x.dtype)
                 without, with_prompt = output.chunk(2)
-                output = without + guidance * (with_prompt - without)
+                output = without + scale * (with_prompt - without)
             x0, eps = schedule.x0_and_eps(x, output, now)
-            a = schedule.alphas_cumprod[t]
-            a_next = schedule.alphas_cumprod[timesteps[i + 1]] if i + 1 < len(timesteps) else last
-            x = step(x, x0, eps, a, a_next, eta, noise)
+            x = sampler.step(i, x, x0, eps)
         yield i, t, x, x0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# generate(): prompts -> videos
+# generate(): a request -> videos
 
 
-def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=50, guidance=None, sampler="ddim",
-             eta=None, seeds=None, negative="", progress=None, device=None):
-    """Videos of the prompts -> uint8 (B, T, H, W, 3). What is None comes from the model's settings.
+@dataclass
+class Request:
+    """What a user asks for. What is None comes from the model's settings, see `resolve`."""
 
-    size   (width, height) in pixels
-    seeds  one for each prompt (default: all 0); the video of a prompt depends on its seed and on no other in the batch
+    prompt: tuple[str, ...] = option((), "what to show; several prompts make several videos", positional=True)
+    negative: str = option("", "what to stay away from", metavar="TEXT")
+    frames: int | None = option(None, "number of frames, 1 is an image (default: as trained)", low=1)
+    size: tuple[int, int] | None = option(None, "width and height in pixels (default: as trained)", metavar="WxH",
+                                          read=cli.read_size)
+    fps: float | None = option(None, "frame rate to show, 1..60; 0: unrelated frames, 120: a still (default: the "
+                               "model's)", low=0, high=120)
+    steps: int | None = option(None, "sampling steps (default: the model's)", low=1, high=NoiseSchedule.timesteps)
+    guidance: float | None = option(None, "guidance scale; 1 is none (default: the model's)")
+    sampler: str = option("ddim", "how to step", choices=tuple(SAMPLERS))
+    eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
+    seed: int = option(0, "of the noise; the same seed gives the same video", low=-(2**63), high=2**63 - 1)
+
+    def __post_init__(self):
+        if isinstance(self.prompt, str):
+            self.prompt = (self.prompt,)
+
+    def resolve(self, model: sd.Model) -> "Request":
+        """The same with nothing left open. Raises ValueError, in terms of the fields, on what the model cannot do."""
+        s = model.settings
+        defaults = {"frames": s.frames, "size": (s.width, s.height), "fps": float(s.fps), "steps": s.sampling_steps,
+                    "guidance": s.guidance, "eta": s.eta}
+        whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        cli.check(whole)
+        if not whole.prompt or not all(prompt.strip() for prompt in whole.prompt):
+            raise ValueError('prompt must be given and not be empty, like: python sample.py "a red circle moving right"')
+        model.check_size(*whole.size, whole.frames)
+        return whole
+
+    def unseen(self, model: sd.Model) -> list[str]:
+        """What the model was never trained on, in a sentence each, of a resolved request."""
+        s, trained = model.settings, ", ".join(f"{fps:g}" for fps in model.settings.fps_trained)
+        if self.frames == 1:
+            return ["one frame is made without grid and FPS, as by the model that this one was trained from"
+                    ] * s.grid_trained
+        if not s.grid_trained:
+            return ["this model never saw a grid of frames: expect a collage, not a video (train it with train.py)"]
+        told = []
+        if self.fps not in s.fps_trained:
+            told.append(f"this model never saw {self.fps:g} FPS; it was trained at {trained}")
+        if (self.frames, *self.size) != (s.frames, s.width, s.height):
+            told.append(f"this model was trained on {s.frames} frames of {s.width}x{s.height}, "
+                        f"not {self.frames} of {self.size[0]}x{self.size[1]}")
+        return told
+
+
+def generate(model: sd.Model, request: Request, *, seeds=None, progress=None, device=None):
+    """Videos of a request, one a prompt -> uint8 (B, T, H, W, 3).
+
+    seeds     one for each prompt (default: the request's for all); a video depends on its own and on no other
     progress  called as progress(i, t, x_t, x_0) after each step
-    device  where to work (default: where the UNet is); a network that is elsewhere is there only while it works
+    device    where to work (default: where the UNet is); a network that is elsewhere is there only while it works
 
-    One frame is an image: plain Stable Diffusion, no grid and no FPS.
+    One frame is an image: plain Stable Diffusion, no grid and no FPS. Raises ValueError on what the model cannot do.
     """
-    settings, unet = model.settings, model.unet
-    frames = frames or settings.frames
-    width, height = size or (settings.width, settings.height)
-    device, dtype = device or unet.out[2].weight.device, torch.float32
-    rows, cols = grid_shape(frames)
-    h, w = height // model.vae.cfg.downsampling, width // model.vae.cfg.downsampling
-    generators = [torch.Generator().manual_seed(s) for s in (seeds or [0] * len(prompts))]
+    request, unet, factor = request.resolve(model), model.unet, model.vae.cfg.downsampling
+    device, count = device or unet.out[2].weight.device, len(request.prompt)
+    rows, cols = grid = grid_shape(request.frames)
+    shape = request.frames, unet.cfg.latent_channels, request.size[1] // factor, request.size[0] // factor
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [request.seed] * count]
 
     def noise():
         # drawn on the CPU, one generator a video: the same on every device and in every batch
-        video = torch.stack([torch.randn(frames, unet.cfg.latent_channels, h, w, generator=g) for g in generators])
-        return fold(video, rows, cols).to(device, dtype)
+        video = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return fold(video, rows, cols).to(device)
 
-    with torch.no_grad(), at_work(model.text, device):
-        context = model.text(model.text.tokenize([*prompts, negative])[0].to(device))
-        context, without = context[:-1], context[-1:].expand(len(prompts), -1, -1)
-    video = frames > 1
-    condition = torch.full((len(prompts),), float(settings.fps if fps is None else fps), device=device)
-    run = denoise(unet, NoiseSchedule(settings), noise(), context, without, condition if video else None,
-                  (rows, cols) if video else None, steps=steps, sampler=sampler, noise=noise,
-                  guidance=settings.guidance if guidance is None else guidance,
-                  eta=settings.eta if eta is None else eta)
+    with at_work(model.text, device):
+        context = model.text.encode([*request.prompt, request.negative])
+    context, negative = context[:-1], context[-1:].expand(count, -1, -1)
+    video = request.frames > 1
+    fps = torch.full((count,), request.fps, device=device) if video else None
+    run = denoise(unet, NoiseSchedule(model.settings), noise(), context, negative, fps, grid if video else None,
+                  steps=request.steps, guidance=request.guidance, sampler=request.sampler, eta=request.eta, noise=noise)
     with at_work(unet, device):
         for i, t, x, x0 in run:
             if progress:
@@ -189,25 +256,12 @@ def generate(model: Model, prompts, *, frames=None, size=None, fps=None, steps=5
         return decode(model, unfold(x, rows, cols))
 
 
-@contextmanager
-def at_work(network, device):
-    """The network on the device meanwhile. What was elsewhere stays there too, so nothing has to be copied back."""
-    home = [(tensors, name, tensor) for module in network.modules() for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items() if tensor is not None and tensor.device != torch.device(device)]
-    for tensors, name, tensor in home:
-        tensors[name] = tensor.detach().to(device)
-    try:
-        yield
-    finally:
-        for tensors, name, tensor in home:
-            tensors[name] = tensor
-
-
-def decode(model: Model, latents, chunk=16):
+def decode(model: sd.Model, latents):
     """Scaled latents (B, T, 4, h, w) -> uint8 (B, T, H, W, 3), a few frames at a time to be light on memory."""
-    B, T = latents.shape[:2]
+    (B, T), pixels = latents.shape[:2], latents[0, 0, 0].numel() * model.vae.cfg.downsampling**2
     weight = model.vae.post_quant_conv.weight
     flat = (latents.flatten(0, 1) / model.settings.latent_scale).to(weight.device, weight.dtype)
+    chunk = max(1, min(16, 2**23 // pixels))  # above, one activation has more numbers than an int32 can count
     with torch.no_grad():
         images = torch.cat([to_uint8(model.vae.decode(part)) for part in flat.split(chunk)])
     return images.unflatten(0, (B, T)).cpu().numpy()
@@ -219,258 +273,63 @@ def to_uint8(images):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who looks at whom (Figure 11)
-
-
-class AttentionMaps:
-    """Meanwhile `maps` gets, at each step, how the middle block of a UNet spreads its attention over the frames:
-    (heads, T, T), from frame i to frame j in reading order of Equation 1; rows add up to 1. Of the last video of a
-    batch, with its prompt."""
-
-    def __init__(self, unet, frames: int):
-        self.unet, self.rows, self.cols, self.maps = unet, *grid_shape(frames), []
-
-    def __enter__(self):
-        attention = self.unet.middle_block[1].transformer_blocks[0].attn1
-        self.hooks = [self.unet.middle_block.register_forward_pre_hook(self.enter_block),
-                      attention.register_forward_pre_hook(self.enter_attention)]
-        return self
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
-
-    def enter_block(self, block, inputs):
-        """Which frame each token belongs to, by its middle: tokens may straddle frames."""
-        H, W = inputs[0].shape[-2:]
-        row = ((torch.arange(H) + 0.5) * self.rows / H).long()
-        col = ((torch.arange(W) + 0.5) * self.cols / W).long()
-        frame = (row[:, None] + col * self.rows).flatten()
-        self.member = F.one_hot(frame, self.rows * self.cols).float().to(inputs[0].device)  # (L, T)
-
-    def enter_attention(self, attention, inputs):
-        x, (k, v) = inputs
-        q, k = split_heads(attention.to_q(x[-1:]), attention.heads)[0].float(), k[-1].float()  # (heads, L, d)
-        scores = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
-        tokens = self.member.sum(0)[:, None].clamp(min=1)  # a small frame may have none
-        self.maps.append((self.member.T @ scores @ self.member / tokens).cpu())
-
-    def write(self, path: str, timesteps: list[int], shown=7, gap=12):
-        """A picture: `shown` of the steps from top to bottom, heads from left to right; the brighter, the more."""
-        chosen = np.linspace(0, len(self.maps) - 1, min(shown, len(self.maps))).round().astype(int)
-        heads, T, _ = self.maps[0].shape
-        cell = max(1, 96 // T)  # pixels
-        side, left = T * cell, 60
-        picture = Image.new("RGB", (left + heads * (side + gap), gap + len(chosen) * (side + gap)), "white")
-        draw = ImageDraw.Draw(picture)
-        for head in range(heads):
-            draw.text((left + head * (side + gap), 0), f"head {head}", fill="black")
-        for n, i in enumerate(chosen):
-            top = gap + n * (side + gap)
-            draw.text((2, top), f"t = {timesteps[i]}", fill="black")
-            for head, values in enumerate(self.maps[i] / self.maps[i].amax(dim=(1, 2), keepdim=True)):
-                levels = (values * 255).round().byte().numpy().repeat(cell, 0).repeat(cell, 1)
-                picture.paste(Image.fromarray(levels), (left + head * (side + gap), top))
-        picture.save(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "tiny.safetensors")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHIPPED = os.path.join(cli.ROOT, "weights", "tiny.safetensors")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Make videos of prompts.")
-    parser.add_argument("prompt", nargs="*", help="what to show; several prompts make several videos")
-    parser.add_argument("--prompts", metavar="FILE", help="more prompts, one a line")
-    parser.add_argument("--num", type=number_from(1), default=1,
-                        help="videos a prompt, with seeds S, S+1, ... (default 1)")
-    parser.add_argument("--ckpt", default=SHIPPED, help="model file (default: the tiny model that ships)")
-    parser.add_argument("--prediction", choices=("epsilon", "v"), help="what the UNet predicts, if the file is silent")
-    parser.add_argument("--frames", type=int, metavar="T", help="frames; 1 is an image (default: as trained)")
-    parser.add_argument("--size", metavar="WxH", help="width x height in pixels (default: as trained)")
-    parser.add_argument("--fps", type=number_from(0, 120, float), help="frame rate to show, 1..60; 0: unrelated "
-                        "frames, 120: a still (default: the model's)")
-    parser.add_argument("--steps", type=number_from(1, NoiseSchedule.timesteps), default=50,
-                        help="sampling steps (default 50)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")
-    parser.add_argument("--eta", type=number_from(0, 1, float),
-                        help="noise that DDIM adds, 0..1 (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--negative", default="", metavar="TEXT", help="what to stay away from")
-    parser.add_argument("--out", metavar="PATH", help="a .mp4, .gif or .png (contact sheet) file, numbered when there "
-                        "are several videos, or a folder (default: out/)")
-    parser.add_argument("--attention_map", metavar="F.png", help="a picture of how frames attend to each other in the "
-                        "middle block, by head and step (of one video)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on cuda, else float32")
-    return parser.parse_args()
+@dataclass
+class Options(Request):
+    prompts: str = option("", "more prompts, one a line", metavar="FILE")
+    num: int = option(1, "videos a prompt, with seeds S, S+1, ...", low=1)
+    ckpt: str = option("", "model: a file, a diffusers folder or a repository (default: the tiny one that ships)")
+    prediction: str = option("", "what the UNet predicts, if the file is silent", choices=("", "epsilon", "v"))
+    out: str = option("out/", "a .mp4, .gif or .png (contact sheet) file, numbered when there are several videos, or a "
+                      "folder", metavar="PATH")
+    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
+    dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
+                        choices=DTYPES)
 
 
-def read_prompts(args) -> list[str]:
-    prompts = list(args.prompt)
-    if args.prompts:
-        try:
-            with open(args.prompts, encoding="utf-8") as file:
-                prompts += [line.strip() for line in file if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {args.prompts} cannot be read: {error}") from error
-    if not prompts:
-        raise UserError('a prompt is needed, like: python sample.py "a red circle moving right"')
-    if any(not prompt.strip() for prompt in prompts):
-        raise UserError("a prompt is empty")
-    return prompts
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Of its name, like "cuda:1"; None takes the first of cuda, mps, cpu that is there. Raises UserError."""
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    name = name or next(device for device, count in there.items() if count)
-    kind, _, number = name.partition(":")
-    if not re.fullmatch(r"\d*", number) or int(number or 0) >= there.get(kind, 0):
-        raise UserError(f"--device {name} is not here: choose one of {', '.join(d for d in there if there[d])}")
-    return torch.device(name)
-
-
-def has_room(device, model: Model) -> bool:
-    """Whether all networks can be there at once and leave half of what is free on a GPU to the work itself."""
-    weights = sum(p.numel() * p.element_size() for part in model.parts().values() for p in part.parameters())
-    return device.type != "cuda" or weights < torch.cuda.mem_get_info(device)[0] / 2
-
-
-def check_request(args, model: Model):
-    """Refuse what cannot be sampled, warn of what the model was never trained on."""
-    settings, frames = model.settings, args.frames
-    check_frames(frames)
-    check_size(args.size, frames, model)
-    if frames == 1:
-        if settings.grid_trained:
-            warn("one frame is made without grid and FPS, as by the model that this one was trained from")
-        return
-    trained = ", ".join(f"{fps:g}" for fps in settings.fps_trained)
-    if not settings.grid_trained:
-        warn("this model never saw a grid of frames: expect a collage, not a video (train it with train.py first)")
-    elif args.fps not in settings.fps_trained:
-        warn(f"this model never saw {args.fps:g} FPS; it was trained at {trained}")
-    if settings.grid_trained and (frames, *args.size) != (settings.frames, settings.width, settings.height):
-        warn(f"this model was trained on {settings.frames} frames of {settings.width}x{settings.height}, "
-             f"not {frames} of {args.size[0]}x{args.size[1]}")
-
-
-def check_frames(frames: int):
-    """Raise UserError when they make no grid."""
+def read_prompts(options: Options) -> tuple[str, ...]:
+    """All prompts, those of the file too. Raises OSError or ValueError when it cannot be read."""
+    if not options.prompts:
+        return options.prompt
     try:
-        grid_shape(frames)
-    except ValueError as error:
-        raise UserError(f"--frames: {error}") from error
-
-
-def check_size(size, frames: int, model: Model):
-    """Sides of a frame must be whole latent pixels, sides of the grid must halve as often as the UNet does."""
-    factor, halvings = model.vae.cfg.downsampling, model.unet.cfg.downsampling
-    for side, cells, name in zip(size, reversed(grid_shape(frames)), ("width", "height")):
-        if side < factor or side % factor:
-            raise UserError(f"--size: the {name} {side} is not divisible by {factor}, the VAE's factor: "
-                            f"use {max(factor, side // factor * factor)} or {(side // factor + 1) * factor}")
-        if side // factor * cells % halvings:
-            raise UserError(f"--size: {cells} frames of {name} {side} side by side are {side // factor * cells} latent "
-                            f"pixels, which the UNet needs divisible by {halvings}: use a multiple of "
-                            f"{factor * halvings}")
-
-
-def warn(text: str):
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def output_paths(args, prompts) -> list[str]:
-    """A path for each video; none of them exists yet, and all of them can be written."""
-    videos = [(prompt, args.seed + n) for prompt in prompts for n in range(args.num)]
-    stem, kind = os.path.splitext(args.out or "out/")
-    if kind:
-        if kind.lower() not in WRITERS:
-            raise UserError(f"--out {args.out}: the file must end in {', '.join(WRITERS)}")
-        digits = max(3, len(str(len(videos) - 1)))  # sorted by name they are in the order of the prompts
-        paths = [args.out] if len(videos) == 1 else [f"{stem}-{i:0{digits}d}{kind}" for i in range(len(videos))]
-        for path in paths:
-            if os.path.lexists(path):
-                raise UserError(f"{path} is there already: choose another --out, or remove it")
-    else:
-        kind = ".png" if args.frames == 1 else ".mp4"
-        paths = []
-        for prompt, seed in videos:
-            name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "video"
-            stem = os.path.join(args.out or "out", f"{name}-seed{seed}")
-            tries = itertools.chain([f"{stem}{kind}"], (f"{stem}-{n}{kind}" for n in itertools.count(2)))
-            paths.append(next(path for path in tries if path not in paths and not os.path.lexists(path)))
-    for path in paths:
-        check_writable(path)
-    return paths
-
-
-def check_map(args, paths: list[str]):
-    """Raise UserError on what --attention_map cannot show, or where it cannot be written."""
-    if len(paths) > 1 or args.frames == 1:
-        raise UserError(f"--attention_map shows the frames of one video, not of {len(paths)} with {args.frames}")
-    if not args.attention_map.lower().endswith(".png"):
-        raise UserError(f"--attention_map {args.attention_map}: the file must end in .png")
-    if os.path.lexists(args.attention_map) or args.attention_map in paths:
-        raise UserError(f"{args.attention_map} is there already: choose another --attention_map, or remove it")
-    check_writable(args.attention_map)
-
-
-def check_writable(path: str):
-    """Better now than after the sampling."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".part", "wb"):
-            pass
-        os.remove(path + ".part")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        with open(options.prompts, encoding="utf-8") as file:
+            return (*options.prompt, *(line.strip() for line in file if line.strip()))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.prompts} must be text in UTF-8: {error}") from error
 
 
 def main():
-    args = parse_arguments()
-    prompts = read_prompts(args)
-    size = parse_size(args.size) if args.size else None
-    device = pick_device(args.device)
-    dtype = DTYPES[args.dtype or ("float16" if device.type == "cuda" else "float32")]
-    model = load(args.ckpt, "cpu", dtype, args.prediction)
-    if has_room(device, model):
+    options = cli.parse(Options, __doc__)
+    options.prompt = read_prompts(options)
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    model = sd.load(options.ckpt or SHIPPED, "cpu", dtype, options.prediction or None)
+    if has_room(device, model.parts().values()):
         model.to(device)
-    settings = model.settings
-    args.frames = settings.frames if args.frames is None else args.frames
-    args.fps = settings.fps if args.fps is None else args.fps
-    args.guidance = settings.guidance if args.guidance is None else args.guidance
-    args.eta = settings.eta if args.eta is None else args.eta
-    args.size = size or (settings.width, settings.height)
-    check_request(args, model)
-    paths = output_paths(args, prompts)
-    watch = nullcontext()
-    if args.attention_map:
-        check_map(args, paths)
-        watch = AttentionMaps(model.unet, args.frames)
-    for cut in model.text.tokenize(prompts)[1]:
-        if cut:
-            warn(f"the prompt is longer than the text tower reads; cut off: {cut!r}")
-
-    wanted = [(prompt, args.seed + n) for prompt in prompts for n in range(args.num)]
-    shared = {name: getattr(args, name) for name in
-              ("negative", "frames", "size", "fps", "steps", "guidance", "sampler", "eta", "ckpt")}
-    with watch, tqdm(total=len(wanted) * args.steps, unit="step", desc="sample", file=sys.stderr) as bar:
-        for (prompt, seed), path in zip(wanted, paths):
-            video = generate(model, [prompt], seeds=[seed], progress=lambda *_: bar.update(),
-                             device=device, **{name: value for name, value in shared.items() if name != "ckpt"})[0]
-            write_video(path, video, playback_fps(args.fps), {"prompt": prompt, "seed": seed, **shared})
-    if args.attention_map:
-        watch.write(args.attention_map, NoiseSchedule(settings).sampling_timesteps(args.steps))
-        paths.append(args.attention_map)
-    for path in paths:
-        print(path)
+    options = options.resolve(model)
+    for text in options.unseen(model):
+        cli.warn(text)
+    for cut in filter(None, model.text.tokenize(options.prompt)[1]):
+        cli.warn(f"the prompt is longer than the text tower reads; cut off: {cut!r}")
+    videos = [(prompt, options.seed + n) for prompt in options.prompt for n in range(options.num)]
+    paths = claim_paths(options.out, videos, options.frames == 1)
+    print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
+    name = os.path.basename(options.ckpt or SHIPPED) if os.path.exists(options.ckpt or SHIPPED) else options.ckpt
+    told = {f.name: getattr(options, f.name) for f in fields(Request)} | {"ckpt": name}  # and no path of this machine
+    try:
+        with tqdm(total=len(videos) * options.steps, unit="step", desc="sample", file=sys.stderr) as bar:
+            for (prompt, seed), path in zip(videos, paths):
+                request = replace(options, prompt=(prompt,), seed=seed)
+                video = generate(model, request, progress=lambda *_: bar.update(), device=device)[0]
+                write_video(path, video, playback_fps(options.fps), told | {"prompt": prompt, "seed": seed})
+    finally:
+        release(paths)
+    print(*paths, sep="\n")
 
 
 if __name__ == "__main__":
-    command_line(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""The training loop: checkpoints of a run, its steps, its log. Alone or under torchrun.
+"""The loss and the loop. Alone or under torchrun.
 
     python train.py configs/tiny.py [--batch_size=8 ...]
     torchrun --nproc_per_node=8 train.py configs/base.py
@@ -9,111 +9,154 @@ many ranks, and a run that was interrupted goes on exactly where its last checkp
 weights, moments and the loss scale.
 """
 
-import json
 import math
 import os
-import re
-import resource
-import shutil
-import subprocess
 import sys
 import time
-import zipfile
-from contextlib import suppress
-from dataclasses import asdict, fields, replace
-from functools import cache
+from dataclasses import replace
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clips.media import write_video
-from data import SOURCES
-from sample import generate, to_uint8
-from sd.checkpoint import Model, UserError, command_line, save
+import cli
+import sd
+from clips.write import write_video
+from data import Batch, Faults, Stream, batches, generator
+from grid import fold, grid_shape
+from sample import NoiseSchedule, Request, generate
+from sd.device import pick_dtype, precision
 from training.account import dry_run
+from training.checkpoints import load_run, newest_whole, save_run
 from training.config import Config, read_config
+from training.log import Log, commit, stamped
 from training.offload import OffloadAdamW
 from training.ranks import Interrupt, Ranks
-from training.task import UNetTask, VAETask, loss_of, make_model, make_ready, open_clips, precision
+from training.setup import loss_of, make_model, make_ready, open_clips
+from training.vae import VAETask
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints of a run: step-00000500.pt holds all that a resume needs
+# The loss: a module whose forward it is, so that DDP sees all of it
 
 
-def save_run(cfg: Config, ranks: Ranks, step: int, module, optimizer: OffloadAdamW, scale: "LossScale", log: "Log"):
-    """Write beside, rename into place, then drop all but the newest `keep`. Every rank must call it.
+class Denoising(nn.Module):
+    """Mean squared error of the UNet's prediction: forward gives the loss of each sample (B,).
 
-    Raises UserError when it cannot be written; the checkpoints before it stay whole.
+    text  the tower, or None where the context was encoded ahead
     """
-    state = {"step": step, "config": asdict(cfg), "module": module.state_dict(), "optimizer": optimizer.state_dict(),
-             "scale": vars(scale), "log": log.state(), "samples": samples_a_step(cfg, ranks)}
-    if ranks.rank:
-        return
-    path = os.path.join(cfg.out_dir, f"step-{step:08d}.pt")
-    try:
-        torch.save(state, path + ".part")
-    except (OSError, RuntimeError) as error:  # of a full disk torch says RuntimeError
-        with suppress(FileNotFoundError):
-            os.remove(path + ".part")
-        raise UserError(f"{path} cannot be written, is the disk full? Those before it are whole ({error})") from error
-    os.replace(path + ".part", path)
-    for old in run_checkpoints(cfg.out_dir)[: -cfg.keep]:
-        os.remove(old)
+
+    def __init__(self, model: sd.Model, cfg: Config, text: nn.Module | None):
+        super().__init__()
+        self.unet, self.text = model.unet, text
+        self.unet.checkpointing = cfg.checkpointing
+        for part in model.text.unused() if cfg.train_text else [model.text]:
+            part.requires_grad_(False)
+        self.schedule, self.grid = NoiseSchedule(model.settings), grid_shape(cfg.frames)
+
+    def forward(self, latents, prompt, fps, t, eps):
+        """latents (B, T, 4, h, w) clean, prompt: tokens (B, L) or context (B, L, D), fps (B,), t (B,), eps like the
+        folded grid."""
+        x0 = fold(latents, *self.grid)
+        context = self.text(prompt) if self.text else prompt
+        output = self.unet(self.schedule.add_noise(x0, eps, t), t, context, fps, self.grid)
+        error = output - self.schedule.target(x0, eps, t)  # in full precision, as the target is
+        return error.square().mean(dim=(1, 2, 3))
 
 
-def samples_a_step(cfg: Config, ranks: Ranks) -> int:
-    return cfg.batch_size * cfg.accumulate * ranks.world
+VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)  # one would mislead: what is learned moves from noisy to clean
 
 
-def run_checkpoints(out_dir: str) -> list[str]:
-    """Oldest first."""
-    return sorted(os.path.join(out_dir, name) for name in os.listdir(out_dir) if re.fullmatch(r"step-\d+\.pt", name))
+def draw_timesteps(cfg: Config, positions: list[int], world: int) -> torch.Tensor:
+    """Timesteps of the samples at some positions of the stream (B,), in the training range cfg.timesteps, half-open.
 
-
-def is_whole(path: str) -> bool:
-    """Whether what a checkpoint holds is what was written: torch.save leaves checksums."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (zipfile.BadZipFile, OSError):
-        return False
-
-
-def newest_whole(cfg: Config) -> str:
-    """The checkpoint to go on from, "" for none; damaged ones are named, and renamed out of the way of new ones."""
-    found = run_checkpoints(cfg.out_dir)
-    if found and not cfg.resume:
-        raise UserError(f"{found[-1]} is in the way of a run with resume = False: choose another out_dir, or remove it")
-    for path in reversed(found):
-        if is_whole(path):
-            return path
-        os.replace(path, path + ".damaged")
-        print(f"{path} is damaged, it is {path}.damaged now: trying the one before", file=sys.stderr, flush=True)
-    return ""
-
-
-def load_run(cfg: Config, ranks: Ranks, path: str, module, optimizer: OffloadAdamW, scale: "LossScale"):
-    """Take up what save_run wrote -> (the step to go on with, the log's state). The file is mapped: no second copy in
-    memory.
-
-    Raises UserError when it is of another model.
+    Uniform u, then shifted by s and narrowed by w: t / (1 - t) = s (u / (1 - u))^w, odds that are scaled and squeezed.
+    The u of a step, on all ranks together, are stratified: its loss is less of a lottery.
     """
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    try:
-        module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        before, logged = state["samples"], state["log"]  # of an earlier version there are none
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} is of another model or optimizer than the config's: choose another out_dir "
-                        f"({str(error).splitlines()[0]})") from error
-    if state["config"]["dtype"] == cfg.dtype:
-        vars(scale).update(state["scale"])
-    now = samples_a_step(cfg, ranks)
-    if before != now and not ranks.rank:
-        print(f"a step saw {before} samples before, now {now}: it goes on with others than it would have. batch_size "
-              "times accumulate times processes keeps them", file=sys.stderr, flush=True)
-    return state["step"], logged
+    size = cfg.batch_size * cfg.accumulate * world
+    strata = torch.randperm(size, generator=generator("strata", cfg.seed, positions[0] // size))
+    inside = torch.stack([torch.rand((), generator=generator("timestep", cfg.seed, p)) for p in positions])
+    u = (strata[[p % size for p in positions]] + inside) / size
+    first, last = cfg.timesteps
+    noisy, clean = cfg.timestep_shift * u**cfg.timestep_width, (1 - u) ** cfg.timestep_width
+    t = first + (last - first) * noisy / (noisy + clean)
+    return t.long().clamp(max=last - 1)  # the largest u below 1 can round up to 1
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained. A task has a module (its loss), batches for it, and something to show; `TASKS` at the end has both.
+
+
+class UNetTask:
+    """The denoiser on latents."""
+
+    def __init__(self, cfg: Config, model: sd.Model, lists: dict[str, str], ranks: Ranks):
+        self.cfg, self.model, self.ranks = cfg, model, ranks
+        clips = open_clips(cfg, model, lists, ranks.device)
+        self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.seed, ranks.rank, ranks.world, cfg.drop_caption,
+                             cfg.validation)
+        self.module = Denoising(model, cfg, model.text if clips.empty_context is None else None)
+        self.faults, self.held_out = Faults(cfg.max_bad), None
+        (rows, cols), factor = self.module.grid, model.vae.cfg.downsampling
+        self.shape = model.vae.cfg.latent_channels, rows * cfg.height // factor, cols * cfg.width // factor
+
+    def begin(self, first: int, last: int):
+        """Be ready for the micro-batches [first, last) of this rank, in this order."""
+        self.loader = batches(self.stream, first, last, self.cfg.workers)
+
+    def batch(self):
+        """The next micro-batch: (names of the sources, arguments of the module)."""
+        batch = next(self.loader)
+        noise = self.noise(generator("noise", self.cfg.seed, position) for position in batch.positions)
+        t = draw_timesteps(self.cfg, batch.positions, self.ranks.world)
+        return batch.sources, (*self.clean(batch), t, noise)
+
+    def clean(self, batch: Batch):
+        """Latents, prompt and FPS."""
+        self.faults.add(batch)
+        prompt = self.model.text.tokenize(batch.captions)[0] if batch.context is None else batch.context
+        return batch.latents(self.model.vae, self.model.settings.latent_scale, self.cfg.frames), prompt, batch.fps
+
+    def noise(self, generators) -> torch.Tensor:
+        """ε of samples, each from its own generator, so that it does not depend on who else is in the batch."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+
+    def validation(self):
+        """(name, arguments of the module): what was held out at fixed timesteps, always under the same noise."""
+        self.held_out = self.held_out or self.clean(self.stream.validation())
+        n = len(self.held_out[0])
+        for t in VALIDATION_TIMESTEPS:
+            noise = self.noise(generator("validation", t, i) for i in range(n))
+            whole = *self.held_out, torch.full((n,), t), noise
+            for part in zip(*(x.split(self.cfg.batch_size) for x in whole)):
+                yield f"val_loss_{t}", part
+
+    def snapshot(self) -> sd.Model:
+        """The model as one would sample it now."""
+        return self.model
+
+    def sheet(self, model: sd.Model):
+        """Samples of the config's prompts, a row of frames each: uint8 (N, H, W, 3); None without prompts."""
+        if not self.cfg.prompts:
+            return None
+        with precision(getattr(torch, self.cfg.dtype), self.ranks.device):
+            videos = generate(model, Request(self.cfg.prompts), seeds=range(len(self.cfg.prompts)),
+                              progress=lambda *_: self.ranks.at("samples"))
+        return videos.reshape(-1, *videos.shape[2:])
+
+    @staticmethod
+    def example(cfg: Config, model: sd.Model):
+        """The module, and a batch of zeros for it: what a dry run counts and times."""
+        size, factor, text = cfg.batch_size, model.vae.cfg.downsampling, model.text.cfg
+        w, h, channels = cfg.width // factor, cfg.height // factor, model.vae.cfg.latent_channels
+        live = cfg.train_text or not cfg.encoded
+        prompt = torch.zeros(size, text.length, *([] if live else [text.width]), dtype=torch.long if live else None)
+        rows, cols = grid_shape(cfg.frames)
+        batch = (torch.zeros(size, cfg.frames, channels, h, w), prompt, torch.zeros(size),
+                 torch.zeros(size, dtype=torch.long), torch.zeros(size, channels, rows * h, cols * w))
+        return Denoising(model, cfg, model.text if live else None), batch
+
+
+TASKS = {"unet": UNetTask, "vae": VAETask}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -128,13 +171,13 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 class LossScale:
-    """Of fp16: what the loss is multiplied with, so that small gradients are not lost. 1 of other dtypes."""
+    """Dynamic loss scaling for fp16, so that small gradients do not underflow; 1 for other dtypes."""
 
     def __init__(self, enabled: bool):
         self.enabled, self.value, self.good, self.bad = enabled, 2.0**16 if enabled else 1.0, 0, 0
 
     def update(self, finite: bool):
-        """Half as large after a step that overflowed, twice as large after 2,000 that did not."""
+        """Halve after a step that overflowed, double after 2,000 in a row that did not."""
         self.good, self.bad = (self.good + 1, 0) if finite else (0, self.bad + 1)
         if self.enabled and not finite:
             self.value = max(1.0, self.value / 2)
@@ -148,18 +191,24 @@ MAX_BAD_STEPS = 10  # in a row
 
 def train(cfg: Config):
     with Ranks(cfg.timeout) as ranks:
+        cfg = in_precision(cfg, ranks)
         torch.manual_seed(cfg.seed)  # of fresh weights; everything later has generators of its own
         with ranks.patient():
             model = make_model(cfg)
             lists = ranks.from_rank_0("lists", lambda: make_ready(cfg, model, ranks.device))
-            if cfg.train == "vae":
-                task = VAETask(model, cfg, lists, ranks.rank, ranks.world)
-            else:
-                task = UNetTask(model, cfg, open_clips(cfg, model, lists, ranks.device), ranks.rank, ranks.world)
-        run(cfg, ranks, model, task)
+            task = TASKS[cfg.train](cfg, model, lists, ranks)
+        run(cfg, ranks, task)
 
 
-def run(cfg: Config, ranks: Ranks, model: Model, task):
+def in_precision(cfg: Config, ranks: Ranks) -> Config:
+    """The config with dtype = "auto" made what it means on this machine, and said."""
+    dtype = str(pick_dtype(cfg.dtype, ranks.device)).removeprefix("torch.")
+    if ranks.rank == 0:
+        print(f"{dtype} on {ranks.device}", flush=True)
+    return replace(cfg, dtype=dtype)
+
+
+def run(cfg: Config, ranks: Ranks, task):
     """All steps that are left."""
     commit()  # noted now: the checkout may move on meanwhile
     module, ddp, optimizer = make_trainable(cfg, ranks, task)
@@ -176,26 +225,28 @@ def run(cfg: Config, ranks: Ranks, model: Model, task):
                 group["lr"] = learning_rate(cfg, step)
             losses, sources = backward(cfg, ranks, task, ddp, optimizer, scale)
             ranks.at(f"update of step {step + 1}")
-            norm = optimizer.step(cfg.clip or math.inf, scale.value)
+            norm = optimizer.step(cfg.clip, scale.value)
             scale.update(math.isfinite(norm))
             module.zero_grad(set_to_none=ranks.world == 1)  # under DDP they stay, as views of its buckets
 
             done = step + 1
-            stopped = interrupt.anywhere(ranks) and done < cfg.max_steps
-            log.step(done, losses, sources, norm, learning_rate(cfg, step), scale)
+            last = done == cfg.max_steps
+            stopped = interrupt.anywhere(ranks) and not last
+            log.step(done, losses, sources, norm, learning_rate(cfg, step), scale.value)
             if scale.bad == MAX_BAD_STEPS:
-                raise UserError(f"step {done}: {MAX_BAD_STEPS} gradients in a row are not finite; look at the data of "
-                                "these steps, at lr, and whether dtype = bfloat16 trains")
+                raise ValueError(f"step {done}: {MAX_BAD_STEPS} gradients in a row are not finite; look at the data of "
+                                 "these steps, at lr, and whether dtype = bfloat16 trains")
             # killed in between, a run does both again; asked to stop, it saves while it may
-            if (done % cfg.sheet_every == 0 or done == cfg.max_steps) and not stopped:
+            if (done % cfg.sheet_every == 0 or last) and not stopped:
                 began = time.time()
-                show(cfg, ranks, model, task, optimizer, log, done)
+                show(cfg, ranks, task, optimizer, log, done)
                 log.time += time.time() - began  # no part of the steps' speed
-            if done % cfg.save_every == 0 or done == cfg.max_steps or stopped:
-                ranks.at(f"checkpoint of step {done}")
-                save_run(cfg, ranks, done, module, optimizer, scale, log)
+            if done % cfg.save_every == 0 or last or stopped:
+                with ranks.patient():  # a slow disk is no reason to end the job
+                    save_run(cfg, ranks, done, module, optimizer, scale, log)
+            if stopped or last:
+                ranks.sum(torch.zeros(1))  # leave together: torchrun, or NCCL, ends whoever is still saving
             if stopped:
-                ranks.sum(torch.zeros(1))  # torchrun kills the others soon after the first has left: wait for the save
                 by = interrupt.name or "another rank"
                 print(f"stopped by {by} after step {done}, saved; the same command goes on")
                 sys.exit(NOT_FINISHED)
@@ -236,15 +287,18 @@ def backward(cfg: Config, ranks: Ranks, task, ddp, optimizer: OffloadAdamW, scal
 # Seeing it
 
 
-def show(cfg: Config, ranks: Ranks, model: Model, task, optimizer: OffloadAdamW, log: "Log", step: int):
-    """Rank 0 judges the model as it is now, with averaged weights where they are kept, writes it, and samples."""
+def show(cfg: Config, ranks: Ranks, task, optimizer: OffloadAdamW, log: Log, step: int):
+    """Let rank 0 judge the model as it is now, with averaged weights where they are kept, write it, and sample."""
     with optimizer.averaged():
-        if ranks.rank == 0:
-            if cfg.validation:
-                log.validation(step, validate(cfg, ranks, task))
-            current = snapshot(cfg, model, task)
-            save(stamped(current, cfg, step), os.path.join(cfg.out_dir, "model.safetensors"))
-            sheet(cfg, ranks, current, task, step)
+        if ranks.rank:
+            return
+        if cfg.validation:
+            log.validation(step, validate(cfg, ranks, task))
+        model = stamped(task.snapshot(), cfg, step)
+        sd.save(model, os.path.join(cfg.out_dir, "model.safetensors"))
+        frames = task.sheet(model)
+        if frames is not None:
+            write_video(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), frames, 1, {"step": step})
 
 
 @torch.no_grad()
@@ -257,140 +311,10 @@ def validate(cfg: Config, ranks: Ranks, task) -> dict[str, float]:
     return {name: torch.cat(parts).mean().item() for name, parts in losses.items()}
 
 
-def snapshot(cfg: Config, model: Model, task) -> Model:
-    """The model as one would sample it now."""
-    settings = replace(model.settings, ema=bool(cfg.ema))
-    if isinstance(task, VAETask):
-        with torch.no_grad():
-            settings = replace(settings, latent_scale=task.latent_scale())
-    return Model(model.unet, model.vae, model.text, settings)
-
-
-@cache
-def commit() -> str:
-    """Of this code as it was first asked for, "" outside a git checkout."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    if not shutil.which("git"):
-        return ""
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=folder).stdout.strip()
-
-
-def stamped(model: Model, cfg: Config, step: int) -> Model:
-    """With its origin written into the settings."""
-    before = model.settings.origin.get(cfg.train)  # when it started from a model that was trained in the same way
-    origin = model.settings.origin | {
-        cfg.train: {"config": asdict(cfg), "steps": step, "commit": commit(), "licence": cfg.licence, "from": before}}
-    return Model(model.unet, model.vae, model.text, replace(model.settings, origin=origin))
-
-
-def sheet(cfg: Config, ranks: Ranks, model: Model, task, step: int):
-    """What the model makes now, as a picture in the run's folder: a row of frames a prompt, or reconstructions."""
-    if isinstance(task, VAETask):
-        images = task.pool[:32].to(model.vae.quant_conv.weight) / 127.5 - 1
-        with torch.no_grad():
-            decoded = model.vae.decode(model.vae.encode(images)[0])
-        video = to_uint8(torch.cat([images, decoded])).cpu().numpy()
-    elif cfg.prompts:
-        with precision(cfg, ranks.device):
-            video = generate(model, list(cfg.prompts), seeds=list(range(len(cfg.prompts))),
-                             progress=lambda *_: ranks.at(f"samples of step {step}"))
-        video = video.reshape(-1, *video.shape[2:])
-    else:
-        return
-    write_video(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), video, 1, {"step": step})
-
-
-class Log:
-    """A line to read every `log_every` steps, a JSON line in metrics.jsonl for each of them; numbers of all ranks."""
-
-    NAMES = (*SOURCES, "frame")
-
-    def __init__(self, cfg: Config, ranks: Ranks, start: int, state: dict | None = None):
-        self.cfg, self.ranks, self.at, self.time, self.skipped = cfg, ranks, start, time.time(), 0
-        self.sums = torch.zeros(2, len(self.NAMES), dtype=torch.float64)  # losses, samples
-        self.frames = samples_a_step(cfg, ranks) * (cfg.frames if cfg.train == "unet" else 1)
-        if state:  # its sums are of all ranks
-            self.skipped, self.sums = state["skipped"], self.sums if ranks.rank else state["sums"].clone()
-        if ranks.rank == 0:
-            self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
-            forget_after(self.path, start)
-            self.wandb = start_wandb(cfg) if cfg.wandb_log else None
-
-    def state(self) -> dict:
-        """What the next line needs of the steps before it. Every rank must call it."""
-        return {"sums": self.ranks.sum(self.sums.clone()), "skipped": self.skipped}
-
-    def step(self, step, losses, sources, norm, lr, scale: LossScale):
-        if not math.isfinite(norm):
-            self.skipped += 1
-            if self.ranks.rank == 0:
-                print(f"step {step} skipped: the gradient is not finite (loss scale {scale.value:g})", flush=True)
-        for loss, source in zip(losses.tolist(), sources):
-            self.sums[:, self.NAMES.index(source)] += torch.tensor([loss, 1.0])
-        if step % self.cfg.log_every and step != self.cfg.max_steps:
-            return
-        totals, counts = self.ranks.sum(self.sums)
-        means = {"loss": (totals.sum() / counts.sum()).item()}
-        means |= {f"loss_{n}": (t / c).item() for n, t, c in zip(self.NAMES, totals, counts) if c}
-        speed = (step - self.at) / (time.time() - self.time)
-        peaks = memory(self.ranks.device)
-        line = {**means, "grad_norm": norm, "skipped": self.skipped, "lr": lr, "steps_per_s": speed,
-                "frames_per_s": speed * self.frames} | {f"{name}_gb": gb for name, gb in peaks.items()}
-        self.at, self.time, self.sums = step, time.time(), torch.zeros_like(self.sums)
-        if self.ranks.rank == 0:
-            left = int((self.cfg.max_steps - step) / speed)
-            print(f"step {step}/{self.cfg.max_steps}  "
-                  + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-                  + f"  |grad| {norm:.3f}  lr {lr:.2e}  {speed:.2f} steps/s  {line['frames_per_s']:.0f} frames/s  "
-                  + "  ".join(f"{name} {gb:.1f} GB" for name, gb in peaks.items())
-                  + f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", flush=True)
-            self.write(step, line)
-
-    def validation(self, step: int, losses: dict[str, float]):
-        print(f"step {step}/{self.cfg.max_steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()), flush=True)
-        self.write(step, losses)
-
-    def write(self, step: int, line: dict):
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **line, "time": time.time()}) + "\n")
-        if self.wandb:
-            self.wandb.log({"step": step, **line})
-
-
-def memory(device) -> dict[str, float]:
-    """GB at the peak so far: of this process on its host, of tensors on its device where that is another."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    return {"host": host} | ({"device": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {})
-
-
-def forget_after(path: str, step: int):
-    """Drop the lines of steps that will be done again, so that an interrupted run leaves no line twice."""
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(path + ".part", path)
-
-
-def start_wandb(cfg: Config):
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb_log = True needs the package: pip install wandb") from error
-    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or None, config=asdict(cfg), dir=cfg.out_dir)
-
-
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__ + "\nOptions, with their defaults (see the comments of class Config):\n")
-        for f in fields(Config):
-            print(f"  --{f.name}={getattr(Config(), f.name)!r}")
-        return
-    cfg = read_config(sys.argv[1], sys.argv[2:])
-    dry_run(cfg) if cfg.dry_run else train(cfg)
+    cfg = read_config(sys.argv[1:], __doc__)
+    dry_run(cfg, TASKS[cfg.train].example) if cfg.dry_run else train(cfg)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    cli.run(main)

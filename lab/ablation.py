@@ -30,7 +30,7 @@ from grid import fold
 from lab import toy
 from lab.metrics import wilson
 from model import UNet
-from sd.checkpoint import UserError
+
 from train import commit, run
 from training.config import Config, read_config
 from training.ranks import Ranks

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import weakref
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,13 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import EncodedClips, Items, encode_frames
-from grid import grid_shape
-from model import ModelConfig
-from sd.checkpoint import Settings, UserError, build, load
+from clips.encoded import EncodedClips
+from clips.lists import Items
+from sd import Settings, build, load
+from sd.device import pick_dtype, size_of
+from sd.presets import ModelConfig
+from sd.vae import encode_frames
 from training.config import Config
 from training.offload import OffloadAdamW
-from training.task import Autoencoding, Denoising, architecture, check_sides, data_lists, loss_of
+from training.setup import architecture, data_lists, loss_of
 
 
 class Account(TorchDispatchMode):
@@ -63,29 +66,20 @@ def shape_of(cfg: Config) -> ModelConfig:
     return ModelConfig(model.unet.cfg, model.vae.cfg, model.text.cfg)
 
 
-def setting(cfg: Config, shape: ModelConfig):
+def setting(cfg: Config, example, shape: ModelConfig):
     """The run's module, a batch of zeros for it, and its VAE where frames are encoded live; weights are random."""
     model = build(shape, Settings(prediction="v"))
-    check_sides(cfg, model)
-    size, factor = cfg.batch_size, model.vae.cfg.downsampling
-    w, h, channels = cfg.width // factor, cfg.height // factor, model.vae.cfg.latent_channels
-    if cfg.train == "vae":
-        batch = torch.zeros(size, 3, cfg.height, cfg.width), torch.zeros(size, channels, h, w)
-        return Autoencoding(model, cfg), batch, None
-    tower = model.text if cfg.train_text or not cfg.encoded else None
-    text = model.text.cfg
-    prompt = torch.zeros(size, text.length, dtype=torch.long) if tower else torch.zeros(size, text.length, text.width)
-    rows, cols = grid_shape(cfg.frames)
-    batch = (torch.zeros(size, cfg.frames, channels, h, w), prompt, torch.zeros(size),
-             torch.zeros(size, dtype=torch.long), torch.zeros(size, channels, rows * h, cols * w))
-    return Denoising(model, cfg, tower), batch, None if cfg.encoded else model.vae.requires_grad_(False)
+    model.check_size(cfg.width, cfg.height, cfg.frames if cfg.train == "unet" else 1)
+    module, batch = example(cfg, model)
+    live = cfg.train == "unet" and not cfg.encoded
+    return module, batch, model.vae.requires_grad_(False) if live else None
 
 
-def memory(cfg: Config, device="cpu") -> dict[str, int]:
+def memory(cfg: Config, example, device="cpu") -> dict[str, int]:
     """Bytes on the device by kind, number of parameters, and FLOP of a step, without allocating any of it."""
     shape = shape_of(cfg)  # read before: what is made inside has no contents
     with FakeTensorMode(), torch.device(device), Account() as account:
-        module, batch, vae = setting(cfg, shape)
+        module, batch, vae = setting(cfg, example, shape)
         everything = [*module.parameters(), *(vae.parameters() if vae else ())]
         trained = [p for p in everything if p.requires_grad]
         frozen = [p for p in everything if not p.requires_grad]
@@ -102,14 +96,10 @@ def memory(cfg: Config, device="cpu") -> dict[str, int]:
             "gradients": size_of(trained), "activations": activations, "flop": operations}
 
 
-def size_of(tensors) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def seconds_a_step(cfg: Config, device) -> float:
+def seconds_a_step(cfg: Config, example, device) -> float:
     """Of a real step on one process, with random weights: the fastest of up to four within a minute."""
     with device:
-        module, batch, _ = setting(cfg, shape_of(cfg))
+        module, batch, _ = setting(cfg, example, shape_of(cfg))
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
     optimizer = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas}], cfg.ema)
@@ -163,16 +153,17 @@ def processes(world: int) -> str:
     return f"{world} processes" if world > 1 else "one process"
 
 
-def dry_run(cfg: Config):
+def dry_run(cfg: Config, example):
     """Print parameters, memory by kind, steps an epoch, and the time of a step where it fits. Under torchrun rank 0
     does, for as many processes."""
     if int(os.environ.get("RANK", 0)):
         return
     if cfg.dtype == "float64":
-        raise UserError("dry_run accounts for dtype = float32, bfloat16 and float16, not float64")
+        raise ValueError("dry_run accounts for dtype = float32, bfloat16 and float16, not float64")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = replace(cfg, dtype=str(pick_dtype(cfg.dtype, device)).removeprefix("torch."))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    need = memory(cfg, device.type)
+    need = memory(cfg, example, device.type)
     kinds = ("weights", "frozen", "gradients", "activations")
     together = sum(need[kind] for kind in kinds)
     gpu, average = int(device.type != "cpu"), int(bool(cfg.ema))
@@ -206,6 +197,6 @@ def dry_run(cfg: Config):
              "are free")
         return
     print("timing a step ...", file=sys.stderr, flush=True)
-    seconds = seconds_a_step(cfg, device)
+    seconds = seconds_a_step(cfg, example, device)
     line("time of a step", f"{seconds:.2f} s on one {device}, without reading data: "
          f"{seconds * cfg.max_steps / 3600:.1f} h for {cfg.max_steps:,} steps")

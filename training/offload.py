@@ -108,8 +108,10 @@ class OffloadAdamW:
                 grad.record_stream(self.stream)
 
     @torch.no_grad()
-    def step(self, clip=math.inf, scale=1.0) -> float:
+    def step(self, clip=0.0, scale=1.0) -> float:
         """One update with gradients that are `scale` times too large -> their global norm, unscaled.
+
+        clip  the largest norm that goes on unscaled; 0 for no limit
 
         Where that is not finite nothing changes, on any rank.
         """
@@ -125,7 +127,7 @@ class OffloadAdamW:
         if math.isfinite(norm):
             # the kernel divides by it as it reads: unscaling and clipping cost no pass over the gradients, only that
             # they are written back too
-            divisor = scale * max(1.0, norm / clip)
+            divisor = scale * max(1.0, norm / (clip or math.inf))
             self.inner.grad_scale = torch.tensor(divisor) if divisor != 1 else None
             self.inner.found_inf = torch.zeros(()) if divisor != 1 else None
             self.inner.step()

@@ -17,8 +17,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sd.checkpoint import UserError
-
 POLL = 0.2  # seconds between two looks
 
 
@@ -32,7 +30,7 @@ class Ranks:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         gpu, local, self.gloo = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0)), None
         if gpu and local >= torch.cuda.device_count():
-            raise UserError(f"{local + 1} processes on a machine with {torch.cuda.device_count()} GPUs: give torchrun "
+            raise ValueError(f"{local + 1} processes on a machine with {torch.cuda.device_count()} GPUs: give torchrun "
                             "--nproc_per_node no more than that")
         self.device = torch.device("cuda", local) if gpu else torch.device("cpu")
         if gpu:

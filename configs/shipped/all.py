@@ -1,9 +1,9 @@
 """The tiny model, third of six: every timestep."""
 
 train = "unet"
-init = "runs/tiny_frames/model.safetensors"
+init = "runs/shipped_frames/model.safetensors"
 train_text = True
-out_dir = "runs/tiny_all"
+out_dir = "runs/shipped_all"
 
 toy = "data/toy"
 encoded = "data/toy-encoded"

@@ -5,9 +5,9 @@ motion: unrelated places, and one place.
 """
 
 train = "unet"
-init = "runs/tiny_all/model.safetensors"
+init = "runs/shipped_all/model.safetensors"
 train_text = True
-out_dir = "runs/tiny_finish"
+out_dir = "runs/shipped_finish"
 
 toy = "data/toy-moving"
 toy_moving = True

@@ -10,7 +10,7 @@ train = "unet"
 model = "tiny"
 vae = "weights/tiny.safetensors"
 train_text = True
-out_dir = "runs/tiny_first"
+out_dir = "runs/shipped_first"
 
 toy = "data/toy"
 encoded = "data/toy-first"

@@ -4,9 +4,9 @@ At 8 FPS and above where a shape is no longer follows from the caption: it has t
 """
 
 train = "unet"
-init = "runs/tiny_first/model.safetensors"
+init = "runs/shipped_first/model.safetensors"
 train_text = True
-out_dir = "runs/tiny_frames"
+out_dir = "runs/shipped_frames"
 
 toy = "data/toy"
 encoded = "data/toy-encoded"

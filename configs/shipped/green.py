@@ -5,9 +5,9 @@ that were trained on neither, so the lists here hold it five times as often as t
 """
 
 train = "unet"
-init = "runs/tiny_finish/model.safetensors"
+init = "runs/shipped_finish/model.safetensors"
 train_text = True
-out_dir = "runs/tiny_green"
+out_dir = "runs/shipped_green"
 
 video = "data/toy-green/hard.csv"
 label = "data/toy-green/labels"

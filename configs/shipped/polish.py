@@ -7,7 +7,7 @@ tiny_green.py (see the README).
 train = "unet"
 init = "runs/tiny_last/model.safetensors"
 train_text = True
-out_dir = "runs/tiny_polish"
+out_dir = "runs/shipped_polish"
 
 video = "data/toy-green/hard.csv"
 label = "data/toy-green/labels"

@@ -2,7 +2,7 @@
 
 train = "vae"
 init = "runs/tiny_vae/model.safetensors"
-out_dir = "runs/tiny_vae_finish"
+out_dir = "runs/shipped_vae_finish"
 toy = "data/toy"
 width = 64
 height = 64

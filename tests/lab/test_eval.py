@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import av
-import eval as evaluate
+from lab import eval as evaluate
 import numpy as np
 import open_clip
 import pytest

@@ -1,0 +1,280 @@
+"""What every command needs: options that are the fields of a dataclass, errors for people, files that are never half there.
+
+    @dataclass
+    class Options:
+        video: str = option("", "list of clips", positional=True)
+        steps: int = option(50, "sampling steps", low=1, high=1000)
+
+    def main():
+        options = parse(Options, __doc__)
+
+    if __name__ == "__main__":
+        run(main)
+
+The library raises ordinary exceptions, ValueError and OSError, with a text for its user; `run` makes one line of them.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+import traceback
+import types
+import typing
+from contextlib import contextmanager, suppress
+
+ROOT = os.path.dirname(os.path.abspath(__file__))  # of the repository
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options: a field says its help and its range, `check` holds it to them, `parse` reads the command line
+
+
+def option(default, help="", *, low=None, high=None, above=None, choices=None, positional=False, metavar=None, read=None):
+    """A field of an options dataclass: its default, what --help says of it, and what it may be.
+
+    low, high   the least and the greatest number, `above` the number that it must exceed; of a tuple, for every item
+    choices     the values that are known
+    positional  given without its name; a tuple takes all that are given
+    read        text -> value, raising ValueError, where the type alone does not say how to read it
+    """
+    about = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "positional": positional,
+             "metavar": metavar, "read": read}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def check(options):
+    """Raise ValueError where a field of an options dataclass has another type than it says, or is out of its range."""
+    kinds = typing.get_type_hints(type(options))
+    for f in dataclasses.fields(options):
+        value, kind = getattr(options, f.name), kinds[f.name]
+        if not fits(value, kind):
+            raise ValueError(f"{f.name} must be {called(kind)}, got {value!r}")
+        choices = f.metadata.get("choices")
+        if choices is not None and value is not None and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, (int, float)):
+                check_number(f.name, item, **{k: f.metadata.get(k) for k in ("low", "high", "above")})
+
+
+def check_number(name: str, number, low=None, high=None, above=None):
+    """Raise ValueError unless a number is finite and within its range."""
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {number}")
+    if low is not None and high is not None and not low <= number <= high:
+        raise ValueError(f"{name} must be in {low:g}..{high:g}, got {number:g}")
+    for sign, limit, good in ((">=", low, low is None or number >= low), ("<=", high, high is None or number <= high),
+                              (">", above, above is None or number > above)):
+        if not good:
+            raise ValueError(f"{name} must be {sign} {limit:g}, got {number:g}")
+
+
+def fits(value, kind) -> bool:
+    """Whether a value is of a type: bool, int, float, str, dict, tuple[...], or one of several (A | B | None)."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        of, *more = typing.get_args(kind)
+        count = isinstance(value, tuple) and (more == [...] or len(value) == 1 + len(more))
+        return count and all(fits(item, of) for item in value)
+    return type(value) in (int, float) if kind is float else type(value) is kind
+
+
+def called(kind) -> str:
+    """The name of a type in a message."""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join(called(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        of, *more = typing.get_args(kind)
+        each = called(of).removeprefix("a ") + ("s" if called(of).startswith("a ") else "")
+        return f"a tuple of {each}" if more == [...] else f"{1 + len(more)} {each}"
+    return names.get(kind, kind.__name__)
+
+
+def read_value(text: str, f: dataclasses.Field, kind):
+    """The value that a text on the command line stands for: as it is, or a Python literal. Raises ValueError."""
+    if f.metadata.get("read"):
+        return f.metadata["read"](text)
+    if fits(text, kind):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text
+    for value in (value, (value,)):  # --fps 8 is as good as --fps 8,
+        if fits(shaped(value, kind), kind):
+            return shaped(value, kind)
+    raise ValueError(f"must be {called(kind)}, got {text!r}")
+
+
+def shaped(value, kind):
+    """A literal as an option of a type holds it: lists become tuples, whole numbers floats where those are wanted."""
+    if isinstance(value, list):
+        return tuple(value)
+    wants_float = kind is float or kind == float | None
+    return float(value) if type(value) is int and wants_float else value
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """ "512x320" -> (512, 320): width, height. Raises ValueError."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise ValueError(f"must be WIDTHxHEIGHT, like 256x256, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as ValueError."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
+
+
+def parse(kind, description: str, argv=None, **defaults):
+    """An instance of an options dataclass from a command line (default: sys.argv), checked.
+
+    Every field is `--name VALUE` or `--name=VALUE`, one of type bool also `--name` alone; `defaults` go before those of
+    the fields. Raises ValueError, with the nearest name for one that is unknown.
+    """
+    hints = typing.get_type_hints(kind)
+    parser = Parser(prog=program(), description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(kind):
+        add_option(parser, f, hints[f.name])
+    switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    argv = [word + "=True" if word in switches else word for word in (sys.argv[1:] if argv is None else argv)]
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(unknown_option(unknown[0].partition("=")[0].removeprefix("--"), kind))
+    options = kind(**(defaults | vars(given)))
+    check(options)
+    return options
+
+
+def unknown_option(name: str, kind) -> str:
+    """The message about an option that a dataclass does not have."""
+    near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(kind)], n=1)
+    return f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else " (see --help)")
+
+
+def add_option(parser: Parser, f: dataclasses.Field, kind):
+    """Add the option of a field. One that is not given is not in what argparse returns: the dataclass has its default."""
+    about = f.metadata
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    text = [about.get("help", "")]
+    text += [f"one of {', '.join(map(str, about['choices']))}"] if about.get("choices") else []
+    text += [f"default {default}"] if default not in (None, "", ()) and default is not False else []
+    named = {"help": "; ".join(text).replace("%", "%%"), "metavar": about.get("metavar") or f.name.upper()}
+
+    def read(text):
+        try:
+            return read_value(text, f, kind)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    if not about.get("positional"):
+        parser.add_argument(f"--{f.name}", type=read, default=argparse.SUPPRESS, **named)
+    elif typing.get_origin(kind) is tuple:
+        parser.add_argument(f.name, nargs="*", action=Gather, default=argparse.SUPPRESS, **named)
+    else:
+        nargs = None if default is None else "?"
+        parser.add_argument(f.name, nargs=nargs, type=read, default=argparse.SUPPRESS, **named)
+
+
+class Gather(argparse.Action):
+    """All positional arguments, as a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values:
+            setattr(namespace, self.dest, tuple(values))
+
+
+def program() -> str:
+    """What was started, as a user calls it: sample.py, or lab.evals.fvd."""
+    name = os.path.relpath(os.path.abspath(sys.argv[0]), ROOT)
+    if os.sep not in name:
+        return name
+    return os.path.splitext(name)[0].removesuffix(f"{os.sep}__main__").replace(os.sep, ".")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors are for people
+
+
+def run(main):
+    """Run a command: a mistake of its user becomes one line on stderr and status 2, a bug keeps its traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        if not is_ours(error):
+            raise
+        print(f"{program()}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether an error is about what the user gave: the system's, or one that our code raised, not a library inside."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, OSError) or os.path.dirname(os.path.abspath(raised_in)).startswith(ROOT)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says, with the file that it is about."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def warn(text: str):
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are never half there
+
+
+@contextmanager
+def beside(path: str):
+    """Context manager: the path to write to instead, renamed into place at the end, removed on an error.
+
+    Raises OSError, naming `path`, when it cannot be written; what was there before stays whole.
+    """
+    part = f"{path}.part"
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            os.remove(part)
+
+
+def write_text(path: str, text: str):
+    """Write a text file, in UTF-8."""
+    with beside(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def check_writable(path: str):
+    """Raise OSError when a file cannot be written: better before the work than after it."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with beside(path + ".try") as part, open(part, "wb"):
+        pass
+    os.remove(path + ".try")

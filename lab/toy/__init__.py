@@ -1,0 +1,13 @@
+"""The toy world: one coloured shape moving over a flat background. Renders its files, and grades videos of it.
+
+    python -m lab.toy DIR
+
+It takes the place of WebVid, CIFAR-like labelled images and captioned images where nothing may be downloaded, and
+every prompt of it has a right answer, so what a model made of a prompt can be graded.
+
+Lengths are in world pixels, 64 to a frame, whatever the frame's real size; positions are (y, x), y down, and pixel i
+covers i to i + 1, so the middle of a frame is (32, 32).
+"""
+
+from lab.toy.grader import *  # noqa: F403
+from lab.toy.world import *  # noqa: F403

@@ -1,0 +1,25 @@
+"""Render the toy world into a folder."""
+
+from dataclasses import asdict, dataclass
+
+from cli import option, parse, run
+from lab.toy.world import SIZE, render
+
+
+@dataclass
+class Options:
+    folder: str = option(None, "absent or empty", positional=True)
+    seed: int = option(0, "of everything", low=0)
+    clips: int = option(864, "videos", low=0)
+    images: int = option(16, "labelled images of each label", low=0)
+    captioned: int = option(720, "captioned images", low=0)
+    moving: bool = option(False, "half of the images are of something that moves")
+    size: int = option(SIZE, "pixels a side, even", low=16)
+
+
+def main():
+    render(**asdict(parse(Options, __doc__)))
+
+
+if __name__ == "__main__":
+    run(main)

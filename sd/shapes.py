@@ -1,0 +1,96 @@
+"""The architecture of a model, read off the shapes of its tensors."""
+
+from model import UNetConfig
+from sd.text import TextConfig
+from sd.vae import VAEConfig
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architecture, read off the tensor shapes
+
+
+# What shapes do not tell. Our files carry it in the header, diffusers folders in config.json; else the family knows.
+SHAPELESS = {
+    "unet": ("head_width", "num_heads", "norm_groups", "mixed_embedding"),
+    "vae": ("norm_groups",),
+    "text": ("heads", "skip_last", "quick_gelu", "pad_id"),
+}
+
+
+FAMILY = {
+    "SD 1": {"unet": {"head_width": None, "num_heads": 8}, "vae": {}, "text": {"quick_gelu": True, "pad_id": 49407}},
+    "SD 2": {"unet": {"head_width": 64, "num_heads": None}, "vae": {}, "text": {"quick_gelu": False, "pad_id": 0}},
+}
+
+
+LICENCE = {"SD 1": "CreativeML Open RAIL-M", "SD 2": "CreativeML Open RAIL++-M"}
+
+
+class Named(dict):
+    """A dict out of a file, where a missing key is a fault of the file."""
+
+    def __init__(self, items, file: str):
+        super().__init__(items)
+        self.file = file
+
+    def __missing__(self, key):
+        raise ValueError(f"{self.file} has no {key}; {EXPECTED}")
+
+
+def count(shapes, pattern: str) -> int:
+    """How many consecutive numbers {} can take in `pattern` so that some name in shapes starts with it."""
+    n = 0
+    while any(name.startswith(pattern.format(n)) for name in shapes):
+        n += 1
+    return n
+
+
+def unet_config(shapes) -> UNetConfig:
+    """shapes: name -> shape, names as inside the UNet."""
+    channels, latent = shapes["input_blocks.0.0.weight"][0], shapes["out.2.weight"][0]
+    widths, blocks, attention = [[]], 0, set()
+    for i in range(1, count(shapes, "input_blocks.{}.")):
+        if f"input_blocks.{i}.0.op.weight" in shapes:
+            widths.append([])
+            continue
+        widths[-1].append(shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0])
+        if f"input_blocks.{i}.1.norm.weight" in shapes:
+            attention.add(len(widths) - 1)
+        blocks = max(blocks, len(widths[-1]))
+    return UNetConfig(
+        channels=channels,
+        channel_mult=tuple(level[0] // channels for level in widths),
+        num_res_blocks=blocks,
+        attention_levels=tuple(sorted(attention)),
+        context_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        linear_projection=len(shapes["middle_block.1.proj_in.weight"]) == 2,
+        latent_channels=latent,
+        fps_embedding="fps_proj.0.weight" in shapes,
+    )
+
+
+def vae_config(shapes) -> VAEConfig:
+    channels = shapes["encoder.conv_in.weight"][0]
+    levels = count(shapes, "encoder.down.{}.")
+    return VAEConfig(
+        channels=channels,
+        channel_mult=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // channels for i in range(levels)),
+        num_res_blocks=count(shapes, "encoder.down.0.block.{}."),
+        latent_channels=shapes["post_quant_conv.weight"][0],
+    )
+
+
+def text_config(shapes) -> TextConfig:
+    vocab, width = shapes["model.token_embedding.weight"]
+    layers = count(shapes, "model.transformer.resblocks.{}.")
+    return TextConfig(
+        width=width,
+        layers=layers,
+        heads=max(1, width // 64),
+        skip_last=1 if layers == 24 else 0,  # diffusers folders of SD 2 hold 23: without the one that is not used
+        projection=shapes.get("model.text_projection", (0, 0))[1],
+        vocab=vocab,
+        length=shapes["model.positional_embedding"][0],
+    )
+
+
+EXPECTED = "expected is a whole Stable Diffusion 1.x or 2.x: UNet, VAE and text tower"

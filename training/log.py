@@ -1,0 +1,119 @@
+"""What a run says: lines, metrics.jsonl, model.safetensors, sheets."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import cache
+
+import torch
+
+from clips.samples import SOURCES
+from sd.settings import Model
+from training.checkpoints import samples_a_step
+from training.config import Config
+from training.ranks import Ranks
+
+
+@cache
+def commit() -> str:
+    """Of this code as it was first asked for, "" outside a git checkout."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=folder).stdout.strip()
+
+
+def stamped(model: Model, cfg: Config, step: int) -> Model:
+    """With its origin written into the settings."""
+    before = model.settings.origin.get(cfg.train)  # when it started from a model that was trained in the same way
+    origin = model.settings.origin | {
+        cfg.train: {"config": asdict(cfg), "steps": step, "commit": commit(), "licence": cfg.licence, "from": before}}
+    return Model(model.unet, model.vae, model.text, replace(model.settings, origin=origin, ema=bool(cfg.ema)))
+
+
+class Log:
+    """A line to read every `log_every` steps, a JSON line in metrics.jsonl for each of them; numbers of all ranks."""
+
+    NAMES = (*SOURCES, "frame")
+
+    def __init__(self, cfg: Config, ranks: Ranks, start: int, state: dict | None = None):
+        self.cfg, self.ranks, self.at, self.time, self.skipped = cfg, ranks, start, time.time(), 0
+        self.sums = torch.zeros(2, len(self.NAMES), dtype=torch.float64)  # losses, samples
+        self.frames = samples_a_step(cfg, ranks) * (cfg.frames if cfg.train == "unet" else 1)
+        if state:  # its sums are of all ranks
+            self.skipped, self.sums = state["skipped"], self.sums if ranks.rank else state["sums"].clone()
+        if ranks.rank == 0:
+            self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
+            forget_after(self.path, start)
+            self.wandb = start_wandb(cfg) if cfg.wandb_log else None
+
+    def state(self) -> dict:
+        """What the next line needs of the steps before it. Every rank must call it."""
+        return {"sums": self.ranks.sum(self.sums.clone()), "skipped": self.skipped}
+
+    def step(self, step, losses, sources, norm, lr, scale: float):
+        if not math.isfinite(norm):
+            self.skipped += 1
+            if self.ranks.rank == 0:
+                print(f"step {step} skipped: the gradient is not finite (loss scale {scale:g})", flush=True)
+        for loss, source in zip(losses.tolist(), sources):
+            self.sums[:, self.NAMES.index(source)] += torch.tensor([loss, 1.0])
+        if step % self.cfg.log_every and step != self.cfg.max_steps:
+            return
+        totals, counts = self.ranks.sum(self.sums)
+        means = {"loss": (totals.sum() / counts.sum()).item()}
+        means |= {f"loss_{n}": (t / c).item() for n, t, c in zip(self.NAMES, totals, counts) if c}
+        speed = (step - self.at) / (time.time() - self.time)
+        peaks = memory(self.ranks.device)
+        line = {**means, "grad_norm": norm, "skipped": self.skipped, "lr": lr, "steps_per_s": speed,
+                "frames_per_s": speed * self.frames} | {f"{name}_gb": gb for name, gb in peaks.items()}
+        self.at, self.time, self.sums = step, time.time(), torch.zeros_like(self.sums)
+        if self.ranks.rank == 0:
+            left = int((self.cfg.max_steps - step) / speed)
+            print(f"step {step}/{self.cfg.max_steps}  "
+                  + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+                  + f"  |grad| {norm:.3f}  lr {lr:.2e}  {speed:.2f} steps/s  {line['frames_per_s']:.0f} frames/s  "
+                  + "  ".join(f"{name} {gb:.1f} GB" for name, gb in peaks.items())
+                  + f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", flush=True)
+            self.write(step, line)
+
+    def validation(self, step: int, losses: dict[str, float]):
+        print(f"step {step}/{self.cfg.max_steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()), flush=True)
+        self.write(step, losses)
+
+    def write(self, step: int, line: dict):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **line, "time": time.time()}) + "\n")
+        if self.wandb:
+            self.wandb.log({"step": step, **line})
+
+
+def memory(device) -> dict[str, float]:
+    """GB at the peak so far: of this process on its host, of tensors on its device where that is another."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return {"host": host} | ({"device": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {})
+
+
+def forget_after(path: str, step: int):
+    """Drop the lines of steps that will be done again, so that an interrupted run leaves no line twice."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.replace(path + ".part", path)
+
+
+def start_wandb(cfg: Config):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("wandb_log = True needs the package: pip install wandb") from error
+    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or None, config=asdict(cfg), dir=cfg.out_dir)

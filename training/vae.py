@@ -1,0 +1,117 @@
+"""Training the autoencoder (appendix H)."""
+
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from clips.decode import Bad
+from clips.lists import Items
+from clips.samples import Spec, read_sample
+from data import generator
+from sample import to_uint8
+from sd import Model
+from training.config import Config
+from training.ranks import Ranks
+
+
+class Autoencoding(nn.Module):
+    """Reconstruction plus KL (appendix H, Equations 27-28): forward gives the loss of each image (B,).
+
+    L2, not L1: a small shape is 3% of a frame, and where every pixel pulls alike the background drowns it.
+    """
+
+    def __init__(self, model: Model, cfg: Config):
+        super().__init__()
+        self.vae, self.kl_weight = model.vae, cfg.kl_weight
+
+    def forward(self, images, eps):
+        """images (B, 3, H, W) in -1..1, eps like the latents."""
+        mean, logvar = (m.to(images.dtype) for m in self.vae.encode(images))
+        decoded = self.vae.decode(mean + (logvar / 2).exp() * eps)
+        reconstruction = (decoded - images).square().mean(dim=(1, 2, 3))
+        kl = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(dim=(1, 2, 3))  # Equation 28, a latent number
+        return reconstruction + self.kl_weight * kl
+
+
+class VAETask:
+    """Batches and loss of training the autoencoder."""
+
+    def __init__(self, cfg: Config, model: Model, lists: dict[str, str], ranks: Ranks):
+        self.module, self.cfg, self.model, self.ranks = Autoencoding(model, cfg), cfg, model, ranks
+        size = cfg.width, cfg.height
+        self.pool = frame_pool(lists, cfg.frame_pool, size, cfg.seed, slice(0, -cfg.validation or None))
+        if cfg.validation:
+            held_out = slice(-cfg.validation, None)
+            self.held_out = frame_pool(lists, cfg.validation * len(lists), size, cfg.seed, held_out)
+        factor = model.vae.cfg.downsampling
+        self.latent = model.vae.cfg.latent_channels, cfg.height // factor, cfg.width // factor
+
+    def begin(self, first: int, last: int):
+        """Batches are drawn from memory: there is nothing to make ready but their number."""
+        self.n = first
+
+    def batch(self):
+        first = (self.n * self.ranks.world + self.ranks.rank) * self.cfg.batch_size
+        self.n += 1
+        noise = [generator("frame", self.cfg.seed, first + i) for i in range(self.cfg.batch_size)]
+        chosen = [torch.randint(len(self.pool), (), generator=g) for g in noise]
+        eps = torch.stack([torch.randn(self.latent, generator=g) for g in noise])
+        return ["frame"] * len(chosen), (self.pool[torch.stack(chosen)].float() / 127.5 - 1, eps)
+
+    def validation(self):
+        for part in self.held_out.split(self.cfg.batch_size):
+            yield "val_loss", (part.float() / 127.5 - 1, torch.zeros(len(part), *self.latent))
+
+    def snapshot(self) -> Model:
+        """The model as it is now, with the latent scale of its VAE."""
+        return replace(self.model, settings=replace(self.model.settings, latent_scale=self.latent_scale()))
+
+    def sheet(self, model: Model):
+        """Some frames and what comes back of them: uint8 (N, H, W, 3)."""
+        images = self.pool[:32].to(model.vae.quant_conv.weight) / 127.5 - 1
+        with torch.no_grad():
+            decoded = model.vae.decode(model.vae.encode(images)[0])
+        return to_uint8(torch.cat([images, decoded])).cpu().numpy()
+
+    @staticmethod
+    def example(cfg: Config, model: Model):
+        """The module, and a batch of zeros for it: what a dry run counts and times."""
+        size, vae = cfg.batch_size, model.vae.cfg
+        latent = size, vae.latent_channels, cfg.height // vae.downsampling, cfg.width // vae.downsampling
+        return Autoencoding(model, cfg), (torch.zeros(size, 3, cfg.height, cfg.width), torch.zeros(latent))
+
+    @torch.no_grad()
+    def latent_scale(self) -> float:
+        """1 / the standard deviation of the latents, so that diffusion sees them at a deviation of 1."""
+        vae = self.module.vae
+        some = self.pool[:: len(self.pool) // 1024 + 1]
+        means = [vae.encode(part.to(vae.quant_conv.weight) / 127.5 - 1)[0] for part in some.split(64)]
+        return 1 / torch.cat(means).std().item()
+
+
+def frame_pool(lists: dict[str, str], count: int, size, seed=0, which=slice(None)) -> torch.Tensor:
+    """`count` frames drawn evenly from the sources, for training a VAE: uint8 (count, 3, H, W), in memory.
+
+    which  of each list's items
+    """
+    rng, pool = np.random.default_rng(seed), []
+    for source, path in lists.items():
+        items = Items(source, path)
+        chosen = np.arange(len(items))[which]
+        if not len(chosen):
+            raise ValueError(f"validation leaves nothing to train on of {len(items)} {source} samples")
+        each = math.ceil(count / len(lists) / len(chosen))
+        spec = Spec(min(each, 4) if source == "video" else each, *size, fps_values=(1,), seed=seed)
+        for i in tqdm(rng.permutation(chosen)[: math.ceil(count / len(lists))], desc=f"frames of {source}"):
+            try:
+                pool.append(read_sample(source, i, items[i], spec, lambda offered: (offered[0], 0)).data)
+            except Bad as bad:
+                print(f"skipped {source} {items.name(i)}: {bad}", file=sys.stderr, flush=True)
+    if not pool:
+        raise ValueError(f"no frame of {', '.join(lists.values())} can be used: the reasons are above")
+    return torch.cat(pool)
