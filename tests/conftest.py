@@ -13,10 +13,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of these tests, and of what they star
 
 import pytest
 import torch
+from references import FAMILIES, reference, save_reference
 
+import sd
 from lab import toy
-from sd.checkpoint import Settings, build, save
-from training.config import PRESETS
+from sd.presets import PRESETS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
@@ -55,15 +56,22 @@ def run(monkeypatch):
 def micro(tmp_path_factory):
     """A checkpoint of the micro model with random weights in every layer, 4 frames of 32x32."""
     torch.manual_seed(0)
-    model = build(PRESETS["micro"], Settings(prediction="v", zero_snr=True, spacing="trailing", frames=4,
+    model = sd.build(PRESETS["micro"], sd.Settings(prediction="v", zero_snr=True, spacing="trailing", frames=4,
                                                    width=32, height=32, fps=8, fps_trained=(0, 4, 8, 120),
                                                    grid_trained=True, latent_scale=1.0))
     for p in model.unet.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
     path = str(tmp_path_factory.mktemp("micro") / "micro.safetensors")
-    save(model, path)
+    sd.save(model, path)
     return path
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """(the references, our model with the same weights)."""
+    folder = save_reference(request.param, tmp_path_factory.mktemp("reference"))
+    return reference(request.param), sd.load(folder)
 
 
 @pytest.fixture(scope="session")

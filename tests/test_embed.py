@@ -11,7 +11,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from embed import mixed_embedding, projection, timestep_embedding
 from grid import fold, unfold
-from model import SD21, TINY, UNet
+from model import UNet
+from sd.presets import SD21, TINY
 
 SHAPES = [  # rows, cols, h, w, channels
     (1, 1, 4, 4, 4), (2, 2, 3, 5, 4), (4, 8, 2, 3, 4), (3, 4, 5, 2, 4), (1, 3, 4, 3, 3), (2, 3, 2, 2, 5),

@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sample import NoiseSchedule, denoise
-from sd.checkpoint import Settings, UserError
+from sd import Settings
 
 EPSILON = Settings()
 V = Settings(prediction="v")
@@ -42,11 +42,7 @@ class Network:
     def __init__(self):
         self.calls = []
 
-    def encode_context(self, context):
-        return [context]  # as in UNet, no longer a tensor
-
     def __call__(self, x, t, context, fps=None, grid=None):
-        (context,) = context
         self.calls.append((x, t, context, fps, grid))
         a, b = context.mean(1)[:, :2].reshape(len(x), 2, 1, 1, 1).unbind(1)
         phase = t.view(-1, 1, 1, 1) / 300
@@ -92,7 +88,7 @@ def test_zero_snr_ends_in_pure_noise_and_begins_as_before():
     {"zero_snr": True}, {"zero_snr": True, "prediction": "epsilon"}, {"prediction": "sample"}, {"spacing": "linspace"},
 ])
 def test_settings_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(UserError):
+    with pytest.raises(ValueError):
         NoiseSchedule(Settings(**wrong))
 
 
@@ -162,7 +158,7 @@ def test_any_number_of_steps_walks_down_inside_the_schedule(settings):
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 @pytest.mark.parametrize("settings", [EPSILON, ZERO_SNR], ids=["leading", "trailing"])
 def test_steps_out_of_range_are_refused(settings, steps):
-    with pytest.raises(UserError, match=f"1..1000, not {steps}"):
+    with pytest.raises(ValueError, match=f"1..1000, not {steps}"):
         NoiseSchedule(settings).sampling_timesteps(steps)
 
 
@@ -317,19 +313,6 @@ def test_guidance_0_is_the_negative_prompt():
     zero = our_trajectory(EPSILON, 5, 0.0)
     negative = our_trajectory(EPSILON, 5, 1.0, prompt=NEGATIVE)
     assert_same_paths(zero, [step[1:] for step in negative])
-
-
-def test_the_text_is_encoded_once():
-    class Counting(Network):
-        encoded = 0
-
-        def encode_context(self, context):
-            self.encoded += 1
-            return super().encode_context(context)
-
-    network = Counting()
-    our_trajectory(EPSILON, 5, 7.0, network=network)
-    assert network.encoded == 1 and len(network.calls) == 5
 
 
 @pytest.mark.parametrize("options, draws", [

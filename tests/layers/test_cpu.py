@@ -1,0 +1,28 @@
+"""Attention on a CPU is softmax(Q K^T / sqrt(d)) V, by whatever kernel."""
+
+import pytest
+import torch
+
+from layers import cpu
+from model import split_heads
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_long_attention_in_bfloat16_is_softmax(gradients):
+    """By parts, the last of them short, on the strides that split heads have; beside float64."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, weight = (split_heads(torch.randn(2, 1100, 3 * 32, generator=g).bfloat16(), 3) for _ in range(4))
+
+    def results(attention, *inputs):
+        """What it gives, and the gradients of a weighted sum of that."""
+        inputs = [x.detach().requires_grad_(gradients) for x in inputs]
+        out = attention(*inputs)
+        return [out, *(torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs) if gradients else [])]
+
+    ours = results(cpu.attention, q, k, v)
+    assert torch.equal(ours[0], cpu.AttentionByParts.apply(q, k, v)) and ours[0].stride() == q.stride()
+    fused = results(torch.nn.functional.scaled_dot_product_attention, q, k, v)
+    exact = results(lambda q, k, v: (q @ k.mT / 32**0.5).softmax(-1) @ v, q.double(), k.double(), v.double())
+    for a, b, e in zip(ours, fused, exact, strict=True):
+        assert (a - e).norm() / e.norm() < 0.007
+        assert (a - e).norm() < 3 * (b - e).norm()
