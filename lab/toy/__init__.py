@@ -9,5 +9,26 @@ Lengths are in world pixels, 64 to a frame, whatever the frame's real size; posi
 covers i to i + 1, so the middle of a frame is (32, 32).
 """
 
-from lab.toy.grader import *  # noqa: F403
-from lab.toy.world import *  # noqa: F403
+from lab.toy.grader import Grade, grade
+from lab.toy.world import (
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    EXTENT,
+    SECONDS,
+    SHAPES,
+    SIZE,
+    SPEED,
+    caption,
+    coverage,
+    draw,
+    expected,
+    render,
+    scenes,
+    trajectory,
+    triples,
+    true_render,
+)
+
+__all__ = ["BACKGROUNDS", "COLORS", "DIRECTIONS", "EXTENT", "SECONDS", "SHAPES", "SIZE", "SPEED", "Grade", "caption",
+           "coverage", "draw", "expected", "grade", "render", "scenes", "trajectory", "triples", "true_render"]

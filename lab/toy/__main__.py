@@ -1,9 +1,12 @@
-"""Render the toy world into a folder."""
+"""Render the toy world into a folder.
+
+    python -m lab.toy DIR
+"""
 
 from dataclasses import asdict, dataclass
 
 from cli import option, parse, run
-from lab.toy.world import SIZE, render
+from lab import toy
 
 
 @dataclass
@@ -14,11 +17,11 @@ class Options:
     images: int = option(16, "labelled images of each label", low=0)
     captioned: int = option(720, "captioned images", low=0)
     moving: bool = option(False, "half of the images are of something that moves")
-    size: int = option(SIZE, "pixels a side, even", low=16)
+    size: int = option(toy.SIZE, "pixels a side, even and at least 16")
 
 
 def main():
-    render(**asdict(parse(Options, __doc__)))
+    toy.render(**asdict(parse(Options, __doc__)))
 
 
 if __name__ == "__main__":

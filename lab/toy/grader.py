@@ -1,4 +1,5 @@
-"""Grading: reads a clip of the toy world back."""
+"""Grading: what a video of the toy world shows, read back from its pixels. Thresholds are in world pixels and RGB
+levels; None always means "cannot tell"."""
 
 import math
 from dataclasses import dataclass
@@ -7,36 +8,17 @@ from functools import cache
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from grid import largest_factor
 from lab.toy.world import BACKGROUNDS, COLORS, DIRECTIONS, EXTENT, SHAPES, SIZE, coverage
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grading. Thresholds are in world pixels and RGB levels; None always means "cannot tell".
-
-
 FAINT = 48      # RGB distance from the background up to which a pixel belongs to it: noise reaches 20, shapes 120
-
-
 SPECK = 3       # px: what has no room for a square of this side is no shape; moving edges leave thin lines in H.264
-
-
 BLOB = 400      # px: what has room for that many of those squares is no shape either; a blurred one of ours has 150
-
-
 AGREE = 0.85    # share of pixels, or frames, that must agree before they have one answer: at most 2 frames of 16 err
-
-
 STILL = 0.08    # px a frame: half of the slowest true motion, SPEED at 60 FPS
-
-
 ERRATIC = 2     # px that half of the positions are off their straight line, from where on it is no motion at all
-
-
 WINDOW = 20     # px a side of the window in which shapes are compared
-
-
 ALIKE = 0.96    # correlation with a template, at least
-
-
 CLEARLY = 0.7   # the nearest answer is at most this part as far off as the second nearest, or there is none
 
 
@@ -55,81 +37,66 @@ class Grade:
     paints: np.ndarray  # (T, 3) its colour, both NaN where no shape was found
 
 
-def grade(video, grid=None):
-    """Reads a clip of the toy world back: uint8 (T, H, W, 3) to a Grade.
+def grade(video, grid=None) -> Grade:
+    """Read a clip of the toy world back, uint8 (T, H, W, 3).
 
     grid is (rows, cols) of the image the frames were generated in, frame t at row t % rows and column t // rows; when
     None, the factor pair of T nearest to a square. Only wrong_cut depends on it.
     """
     frames, height, width, _ = video.shape
-    rows = max(r for r in range(1, math.isqrt(frames) + 1) if frames % r == 0)
-    rows, cols = grid or (rows, frames // rows)
+    rows, cols = grid or (largest_factor(frames), frames // largest_factor(frames))
     if rows * cols != frames:
-        raise ValueError(f"{frames} frames make no grid of {rows} x {cols}")
+        raise ValueError(f"grid must have a cell for each of {frames} frames, got {rows} x {cols}")
     scale = min(height, width) / SIZE
     video = video.astype(np.float32)
     ring = np.concatenate([video[:, 0], video[:, -1], video[:, 1:-1, 0], video[:, 1:-1, -1]], axis=1)  # (T, ., 3)
     backdrop = np.median(ring, axis=1)  # (T, 3)
     away = video - backdrop[:, None, None]
     distance = np.sqrt((away**2).sum(-1))  # (T, H, W)
-    body, found, crowded = _bodies(distance, scale)
-    answer = Grade(None, None, None, _name(ring.reshape(-1, 3), BACKGROUNDS), bool(crowded.any()),
+    body, found, crowded = find_bodies(distance, scale)
+    answer = Grade(None, None, None, name_of(ring.reshape(-1, 3), BACKGROUNDS), bool(crowded.any()),
                    np.full((frames, 2), np.nan), math.nan, np.full(frames, np.nan), np.full((frames, 3), np.nan))
     if not found.any():
         return answer
 
-    # The colour of the pixels furthest inside tells how much of every other pixel is covered.
+    # the colour of the pixels furthest inside tells how much of every other pixel is covered
     half = np.quantile(distance[body], 0.9) / 2  # the outline of a blurred shape is where half of it is left
-    depth = _box(body & (distance > half), max(1, round(2 * scale)))
+    depth = box_mean(body & (distance > half), max(1, round(2 * scale)))
     core = body & (depth >= 0.95 * depth.max((1, 2), keepdims=True))
     paint = np.median(video[core], axis=0) - backdrop[:, None, None]  # (T, 1, 1, 3), from the background to the shape
     covered = np.clip((away * paint).sum(-1) / (paint**2).sum(-1).clip(1), 0, 1)
-    covered *= _box(body, max(1, round(scale))) > 0  # the shape and its soft outline, none of the noise elsewhere
+    covered *= box_mean(body, max(1, round(scale))) > 0  # the shape and its soft outline, none of the noise elsewhere
     found &= covered.sum((1, 2)) > (SPECK * scale)**2
-    answer.wrong_cut |= _cut((distance > half).reshape(cols, rows, height, width))
-    answer.centers[found] = _centroids(covered[found]) / scale
+    answer.wrong_cut |= is_cut((distance > half).reshape(cols, rows, height, width))
+    answer.centers[found] = centroids(covered[found]) / scale
     answer.areas[found] = covered[found].sum((1, 2)) / scale**2
     answer.paints[found] = [np.median(video[t][core[t]], axis=0) for t in np.flatnonzero(found)]
     if found.mean() < AGREE:
         return answer
-    answer.color = _name(video[core], COLORS)
-    answer.shape = _shape(covered[found], answer.centers[found] * scale, scale)
-    answer.direction, answer.speed = _motion(np.flatnonzero(found), answer.centers[found])
+    answer.color = name_of(video[core], COLORS)
+    answer.shape = shape_of(covered[found], answer.centers[found] * scale, scale)
+    answer.direction, answer.speed = motion_of(np.flatnonzero(found), answer.centers[found])
     return answer
 
 
-def _bodies(distance, scale):
-    """Shapes where distance (T, H, W) from the background is not FAINT.
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the shape is
+
+
+def find_bodies(distance, scale):
+    """Find shapes by the distance (T, H, W) of each pixel from the background.
 
     Returns the mask (T, H, W) of each frame's largest, whether there is one (T,), and whether there are several (T,).
     """
-    parts = _components(distance > FAINT)
-    thick = _box(parts > 0, max(1, round((SPECK * scale - 1) / 2))) == 1  # the middles of squares that fit
+    parts = components(distance > FAINT)
+    thick = box_mean(parts > 0, max(1, round((SPECK * scale - 1) / 2))) == 1  # the middles of squares that fit
     sizes = np.stack([np.bincount(frame.ravel(), minlength=parts[0].size + 1) for frame in parts * thick])[:, 1:]
     found = (sizes.max(1) > 0) & (sizes.max(1) < BLOB * scale**2)
     body = (parts == sizes.argmax(1)[:, None, None] + 1) & found[:, None, None]
     return body, found, (sizes > 0).sum(1) > 1
 
 
-def _name(pixels, palette):
-    """The palette's name for pixels (N, 3), if they agree and it is clearly nearer than the second nearest."""
-    color = np.median(pixels, axis=0)
-    near = np.sqrt(((pixels - color)**2).sum(-1)) < FAINT
-    distances = np.sqrt(((np.array(list(palette.values())) - color)**2).sum(-1))
-    first, second = np.sort(distances)[:2]
-    clear = near.mean() >= AGREE and first < 60 and first < CLEARLY * second  # 60: half of what any two are apart
-    return list(palette)[distances.argmin()] if clear else None
-
-
-def _box(images, radius):
-    """Mean of the square of 2 radius + 1 pixels around each pixel of images (T, H, W), zero outside."""
-    images = np.pad(images, ((0, 0), (radius, radius), (radius, radius)))
-    for axis in (1, 2):
-        images = sliding_window_view(images, 2 * radius + 1, axis).mean(-1)
-    return images
-
-
-def _components(mask):
+def components(mask):
     """Labels (T, H, W) of the 8-connected components of masks (T, H, W): the number of their last pixel; 0 outside."""
     height, width = mask.shape[1:]
     labels = mask * np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)
@@ -143,14 +110,22 @@ def _components(mask):
     return labels
 
 
-def _cut(solid):
+def box_mean(images, radius: int):
+    """Mean of the square of 2 radius + 1 pixels around each pixel of images (T, H, W), zero outside."""
+    images = np.pad(images, ((0, 0), (radius, radius), (radius, radius)))
+    for axis in (1, 2):
+        images = sliding_window_view(images, 2 * radius + 1, axis).mean(-1)
+    return images
+
+
+def is_cut(solid) -> bool:
     """Whether a shape continues across a border between cells, in masks (cols, rows, H, W)."""
     below = solid[:, :-1, -1, :], solid[:, 1:, 0, :]  # the two sides of the borders between rows
     beside = solid[:-1, :, :, -1], solid[1:, :, :, 0]
     return any(bool(((one & two).sum(-1) >= 2).any()) for one, two in (below, beside))  # one pixel may be noise
 
 
-def _centroids(covered):
+def centroids(covered):
     """(T, 2) centers of mass of coverages (T, H, W), pixel i lying at i + 0.5."""
     mass = covered.sum((1, 2))
     y = (covered.sum(2) * (np.arange(covered.shape[1]) + 0.5)).sum(1)
@@ -158,7 +133,41 @@ def _centroids(covered):
     return np.stack([y, x], axis=1) / mass[:, None]
 
 
-def _aligned(covered, centers, scale):
+# ---------------------------------------------------------------------------------------------------------------------
+# What it is
+
+
+def name_of(pixels, palette):
+    """The palette's name for pixels (N, 3), if they agree and it is clearly nearer than the second nearest."""
+    color = np.median(pixels, axis=0)
+    near = np.sqrt(((pixels - color)**2).sum(-1)) < FAINT
+    distances = np.sqrt(((np.array(list(palette.values())) - color)**2).sum(-1))
+    first, second = np.sort(distances)[:2]
+    clear = near.mean() >= AGREE and first < 60 and first < CLEARLY * second  # 60: half of what any two are apart
+    return list(palette)[distances.argmin()] if clear else None
+
+
+def shape_of(covered, centers, scale):
+    """The shape whose templates coverages (T, H, W) with centroids (T, 2), all in pixels, are most like, or None."""
+    seen = standard(aligned(covered, centers, scale))
+    likeness = np.array([(looks @ seen).max() for looks in templates()])
+    second, first = np.sort(likeness)[-2:]
+    return SHAPES[likeness.argmax()] if first > ALIKE and 1 - first < CLEARLY * (1 - second) else None
+
+
+@cache
+def templates():
+    """What `aligned` makes of each true shape, somewhat smaller and larger, sharp and blurred: list of (6, pixels)."""
+    middles = SIZE / 2 + np.stack(np.meshgrid([0, 0.25, 0.5, 0.75], [0, 0.25, 0.5, 0.75]), -1).reshape(-1, 2)
+    looks = []
+    for shape in SHAPES:
+        sharp = [coverage(shape, middles, extent=EXTENT * growth) for growth in (0.9, 1, 1.1)]
+        both = sharp + [box_mean(images, 1) for images in sharp]
+        looks.append(np.stack([standard(aligned(images, centroids(images), 1)) for images in both]))
+    return looks
+
+
+def aligned(covered, centers, scale):
     """Mean over the frames of coverages (T, H, W), centers (T, 2) laid upon each other: (WINDOW, WINDOW) world px."""
     border = math.ceil(WINDOW / 2 * scale) + 1
     steps = (np.arange(WINDOW) + 0.5 - WINDOW / 2) * scale - 0.5 + border
@@ -172,33 +181,13 @@ def _aligned(covered, centers, scale):
     return total / len(covered)
 
 
-@cache
-def _templates():
-    """What _aligned makes of each true shape, somewhat smaller and larger, sharp and blurred: list of (6, pixels)."""
-    middles = SIZE / 2 + np.stack(np.meshgrid([0, 0.25, 0.5, 0.75], [0, 0.25, 0.5, 0.75]), -1).reshape(-1, 2)
-    looks = []
-    for shape in SHAPES:
-        sharp = [coverage(shape, middles, extent=EXTENT * growth) for growth in (0.9, 1, 1.1)]
-        both = sharp + [_box(images, 1) for images in sharp]
-        looks.append(np.stack([_standard(_aligned(images, _centroids(images), 1)) for images in both]))
-    return looks
-
-
-def _standard(image):
+def standard(image):
     """An image as a vector of mean 0 and length 1, so that the product of two is their correlation."""
     vector = image.ravel() - image.mean()
     return vector / max(np.linalg.norm(vector), 1e-6)
 
 
-def _shape(covered, centers, scale):
-    """The shape whose templates coverages (T, H, W) with centroids (T, 2), all in pixels, are most like, or None."""
-    seen = _standard(_aligned(covered, centers, scale))
-    likeness = np.array([(looks @ seen).max() for looks in _templates()])
-    second, first = np.sort(likeness)[-2:]
-    return SHAPES[likeness.argmax()] if first > ALIKE and 1 - first < CLEARLY * (1 - second) else None
-
-
-def _motion(times, centers):
+def motion_of(times, centers):
     """(direction, speed) of centers (N, 2) at frames times (N,), by the median of all slopes (Theil and Sen's fit)."""
     if len(times) < 3:
         return None, math.nan
