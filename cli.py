@@ -1,4 +1,4 @@
-"""What every command needs: options that are the fields of a dataclass, errors for people, files that are never half there.
+"""What every command needs: options from the fields of a dataclass, errors for people, files that are never half there.
 
     @dataclass
     class Options:
@@ -33,7 +33,8 @@ ROOT = os.path.dirname(os.path.abspath(__file__))  # of the repository
 # Options: a field says its help and its range, `check` holds it to them, `parse` reads the command line
 
 
-def option(default, help="", *, low=None, high=None, above=None, choices=None, positional=False, metavar=None, read=None):
+def option(default, help="", *, low=None, high=None, above=None, choices=None, positional=False, metavar=None,
+           read=None):
     """A field of an options dataclass: its default, what --help says of it, and what it may be.
 
     low, high   the least and the greatest number, `above` the number that it must exceed; of a tuple, for every item
@@ -88,9 +89,9 @@ def fits(value, kind) -> bool:
 
 def called(kind) -> str:
     """The name of a type in a message."""
-    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
-    if isinstance(kind, types.UnionType):
-        return " or ".join(called(k) for k in typing.get_args(kind))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+    if isinstance(kind, types.UnionType):  # None only stands for "not given"
+        return " or ".join(called(k) for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is tuple:
         of, *more = typing.get_args(kind)
         each = called(of).removeprefix("a ") + ("s" if called(of).startswith("a ") else "")
@@ -108,9 +109,9 @@ def read_value(text: str, f: dataclasses.Field, kind):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    for value in (value, (value,)):  # --fps 8 is as good as --fps 8,
-        if fits(shaped(value, kind), kind):
-            return shaped(value, kind)
+    for shape in (shaped(value, kind), (value,)):  # --fps 8 is as good as --fps 8,
+        if fits(shape, kind):
+            return shape
     raise ValueError(f"must be {called(kind)}, got {text!r}")
 
 
@@ -154,7 +155,7 @@ def parse(kind, description: str, argv=None, **defaults):
         add_option(parser, f, hints[f.name])
     switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
     argv = [word + "=True" if word in switches else word for word in (sys.argv[1:] if argv is None else argv)]
-    given, unknown = parser.parse_known_args(argv)
+    given, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         raise ValueError(unknown_option(unknown[0].partition("=")[0].removeprefix("--"), kind))
     options = kind(**(defaults | vars(given)))
@@ -169,7 +170,7 @@ def unknown_option(name: str, kind) -> str:
 
 
 def add_option(parser: Parser, f: dataclasses.Field, kind):
-    """Add the option of a field. One that is not given is not in what argparse returns: the dataclass has its default."""
+    """Add the option of a field. One that is not given is not in what argparse returns: the dataclass fills it in."""
     about = f.metadata
     default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
     text = [about.get("help", "")]
@@ -229,9 +230,10 @@ def run(main):
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether an error is about what the user gave: the system's, or one that our code raised, not a library inside."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, OSError) or os.path.dirname(os.path.abspath(raised_in)).startswith(ROOT)
+    """Whether an error is about what the user gave: the system's, or one that a `raise` in this repository says."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    said = (last.line or "").startswith("raise ") and os.path.abspath(last.filename).startswith(ROOT + os.sep)
+    return said or isinstance(error, OSError)
 
 
 def one_line(error: Exception) -> str:

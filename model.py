@@ -121,8 +121,8 @@ class Clip:
     activation checkpointing calls the hooks again in the backward pass."""
 
     grid: tuple[int, int] | None  # (rows, cols); None is plain Stable Diffusion
-    t: torch.Tensor  # (B,) or (B, T) timesteps
-    emb: torch.Tensor  # (B, E) or (B, T, E), what the residual blocks receive
+    t: torch.Tensor  # timesteps, (B,) or (B, T)
+    emb: torch.Tensor  # what the residual blocks receive, (B, E) or (B, T, E)
 
 
 class Grid(nn.Module):
@@ -323,16 +323,15 @@ class UNet(nn.Module):
         for name, frames in (("t", t.shape[1:]), ("context", context.shape[1:-2])):
             if frames and (grid is None or frames[0] != T):
                 raise ValueError(f"{name} is given for {frames[0]} frames, and the grid {grid} has {T}")
-        emb = self.embedding(t, fps)
-        clip = Clip(grid, t, emb)
         per_frame = self.layout.per_frame and grid is not None
         if per_frame:
-            x, emb, context = frames_apart(x, emb, context, grid)
+            x, t, context, fps = frames_apart(x, t, context, fps, grid)
         elif grid is not None and self.cfg.mixed_embedding:
             # 4.1.2: "the ME must be added to the noise before any attention or convolutional modules"; fp32
             x = x.float() + self.mixed_embedding(*grid, H, W, C, x.device)
 
-        given = emb, context, self.layout, clip
+        emb = self.embedding(t, fps)
+        given = emb, context, self.layout, Clip(grid, t, emb)
         h, skips = self.down(x.to(self.out[2].weight.dtype), given)
         h = self.run(self.middle_block, h, given)
         out = self.out(self.up(h, skips, given))
@@ -366,11 +365,9 @@ class UNet(nn.Module):
         return self.mixed[key]
 
 
-def frames_apart(x, emb, context, grid):
-    """The frames of a folded image one by one, each with its embedding and context: (B, ...) -> (B*T, ...)."""
-    x, T = unfold(x, *grid), grid[0] * grid[1]
-
-    def each(tensor, own: bool):
-        return tensor.flatten(0, 1) if own else tensor.repeat_interleave(T, 0)
-
-    return x.flatten(0, 1), each(emb, emb.ndim == 3), each(context, context.ndim == 4)
+def frames_apart(x, t, context, fps, grid):
+    """The frames of a folded image one by one, each with its timestep, context and FPS: (B, ...) -> (B*T, ...)."""
+    T = grid[0] * grid[1]
+    t = t.flatten() if t.ndim == 2 else t.repeat_interleave(T)
+    context = context.flatten(0, 1) if context.ndim == 4 else context.repeat_interleave(T, 0)
+    return unfold(x, *grid).flatten(0, 1), t, context, None if fps is None else fps.repeat_interleave(T)

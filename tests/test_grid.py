@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grid import fold, grid_shape, unfold
+from grid import fold, frame_of_pixel, grid_shape, unfold
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int64, torch.bool]
 quick = settings(max_examples=100, deadline=None)
@@ -125,8 +125,29 @@ def test_primes_are_refused_with_the_usable_numbers_on_both_sides():
 
 @pytest.mark.parametrize("T", [0, -1, -16])
 def test_fewer_than_one_frame_is_refused(T):
-    with pytest.raises(ValueError, match=f"not {T}$"):
+    with pytest.raises(ValueError, match=f"got {T}$"):
         grid_shape(T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which frame a pixel belongs to
+
+
+@quick
+@given(few, side, side, few, side, side)
+def test_whole_cells_hold_the_pixels_of_their_frame(B, rows, cols, C, h, w):
+    numbers = torch.arange(rows * cols).view(1, -1, 1, 1, 1).expand(1, -1, 1, h, w)
+    assert torch.equal(frame_of_pixel(rows * h, cols * w, rows, cols), fold(numbers, rows, cols)[0, 0])
+
+
+@quick
+@given(st.integers(1, 40), st.integers(1, 40), side, side)
+def test_a_pixel_belongs_to_the_cell_that_holds_its_middle(H, W, rows, cols):
+    found = frame_of_pixel(H, W, rows, cols)
+    for x in range(H):
+        for y in range(W):
+            row, col = found[x, y].item() % rows, found[x, y].item() // rows
+            assert row * H <= (x + 0.5) * rows < (row + 1) * H and col * W <= (y + 0.5) * cols < (col + 1) * W
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,95 +1,126 @@
-"""sample.py as a user meets it: files, determinism, and what it says of mistakes."""
+"""sample.py as a user meets it: what a request becomes, determinism, files, and what it says of mistakes."""
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import TINY
-from sample import AttentionMaps, at_work, generate
-from sd.checkpoint import Settings, build, load
-from training.account import Account, size_of
+import sd
+from sample import Request, generate
+from sd.device import at_work, pick_device, pick_dtype, size_of
+from sd.presets import TINY
+from training.account import Account
 
 # ---------------------------------------------------------------------------------------------------------------------
 # generate()
 
 
 def test_generate_gives_uint8_video(micro):
-    video = generate(load(micro), ["a red circle", "a blue square"], seeds=[1, 2], steps=3)
+    video = generate(sd.load(micro), Request(("a red circle", "a blue square"), steps=3), seeds=[1, 2])
     assert video.shape == (2, 4, 32, 32, 3) and video.dtype == np.uint8
     assert video.std() > 1
 
 
 def test_same_seed_same_video_alone_or_in_a_batch(micro):
-    model = load(micro)
+    model = sd.load(micro)
     for sampler in ("ddim", "ddpm"):
-        batch = generate(model, ["one", "two", "three"], seeds=[5, 6, 7], steps=5, sampler=sampler)
-        alone = generate(model, ["two"], seeds=[6], steps=5, sampler=sampler)
+        batch = generate(model, Request(("one", "two", "three"), steps=5, sampler=sampler), seeds=[5, 6, 7])
+        alone = generate(model, Request("two", steps=5, sampler=sampler, seed=6))
         assert np.abs(batch[1].astype(int) - alone[0]).max() <= 1
-        other = generate(model, ["two"], seeds=[7], steps=5, sampler=sampler)
+        other = generate(model, Request("two", steps=5, sampler=sampler, seed=7))
         assert np.abs(other[0].astype(int) - alone[0]).max() > 1
 
 
 def test_prompt_fps_guidance_and_negative_all_matter(micro):
-    model = load(micro)
-    base = dict(prompts=["a red circle"], steps=3, guidance=5.0, fps=8)
-    reference = generate(model, **base)
-    for change in ({"prompts": ["a blue square"]}, {"fps": 120}, {"guidance": 1.0}, {"negative": "green"},
+    model = sd.load(micro)
+    base = Request("a red circle", steps=3, guidance=5.0, fps=8)
+    reference = generate(model, base)
+    for change in ({"prompt": ("a blue square",)}, {"fps": 120}, {"guidance": 1.0}, {"negative": "green"},
                    {"eta": 0.5}):
-        assert np.abs(generate(model, **(base | change)).astype(int) - reference).max() > 0, change
+        assert np.abs(generate(model, replace(base, **change)).astype(int) - reference).max() > 0, change
 
 
 def test_defaults_come_from_the_model(micro):
-    model, said = load(micro), dict(fps=4, guidance=3.0, eta=0.5)
-    expected = generate(model, ["a red circle"], steps=3, **said)
-    model.settings = replace(model.settings, **said)
-    assert np.array_equal(generate(model, ["a red circle"], steps=3), expected)
+    model, said = sd.load(micro), dict(fps=4, guidance=3.0, eta=0.5)
+    expected = generate(model, Request("a red circle", steps=3, **said))
+    model.settings = replace(model.settings, sampling_steps=3, **said)
+    assert np.array_equal(generate(model, Request("a red circle")), expected)
+
+
+def test_a_resolved_request_leaves_nothing_open(micro):
+    model = sd.load(micro)
+    whole = Request("a red circle").resolve(model)
+    s = model.settings
+    assert whole == Request("a red circle", "", 4, (32, 32), 8.0, 50, s.guidance, "ddim", s.eta, 0)
+    assert whole.resolve(model) == whole and not whole.unseen(model)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ({"frames": 7}, "frames must make a grid, got 7, which is prime: use 6 or 8"),
+    ({"frames": 0}, "frames must be >= 1, got 0"),
+    ({"frames": 4.0}, "frames must be a whole number, got 4.0"),
+    ({"size": (60, 64)}, "width must be divisible by 8, the VAE's factor, got 60"),
+    ({"fps": 121.0}, "fps must be in 0..120, got 121"),
+    ({"steps": 0}, "steps must be in 1..1000, got 0"),
+    ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+    ({"sampler": "euler"}, "sampler must be one of ddim, ddpm, got 'euler'"),
+    ({"eta": 1.5}, "eta must be in 0..1, got 1.5"),
+    ({"seed": 2**70}, "seed must be in"),
+    ({"prompt": ()}, "prompt must be given"),
+    ({"prompt": ("x", " ")}, "prompt must be given and not be empty"),
+])
+def test_a_request_that_cannot_be_is_told_in_terms_of_its_fields(micro, wrong, says):
+    with pytest.raises(ValueError) as refusal:
+        replace(Request("x"), **wrong).resolve(sd.load(micro))
+    assert str(refusal.value).startswith(says)
 
 
 def test_one_frame_is_plain_stable_diffusion(micro):
     """No grid and no FPS reach the UNet: the FPS asked for changes nothing."""
-    model = load(micro)
-    images = [generate(model, ["a red circle"], frames=1, steps=3, fps=fps) for fps in (0, 120)]
+    model = sd.load(micro)
+    images = [generate(model, Request("a red circle", frames=1, steps=3, fps=fps)) for fps in (0, 120)]
     assert images[0].shape == (1, 1, 32, 32, 3) and (images[0] == images[1]).all()
 
 
 def test_progress_sees_every_step(micro):
     seen = []
-    generate(load(micro), ["x"], steps=4, progress=lambda i, t, x, x0: seen.append((i, t, x.shape, x0.shape)))
+    generate(sd.load(micro), Request("x", steps=4), progress=lambda i, t, x, x0: seen.append((i, t, x.shape, x0.shape)))
     assert [i for i, *_ in seen] == [0, 1, 2, 3] and seen[0][1] == 999
     assert all(x == x0 == (1, 4, 8, 8) for *_, x, x0 in seen)
 
 
 def test_at_work_brings_a_network_and_leaves_it_at_home(micro):
-    network = load(micro).text
+    network = sd.load(micro).text
     home = [*network.parameters(), *network.buffers()]
     tokens = network.tokenize(["a red circle"])[0]
     before = network(tokens)
-    with pytest.raises(KeyError), at_work(network, "meta"):
+    with pytest.raises(KeyError), at_work(network, torch.device("meta")):
         assert network(tokens.to("meta")).is_meta
         raise KeyError
-    assert all(a is b for a, b in zip(home, [*network.parameters(), *network.buffers()]))
+    assert [a.data_ptr() for a in home] == [b.data_ptr() for b in (*network.parameters(), *network.buffers())]
     assert torch.equal(network(tokens), before)
 
 
 def test_networks_take_turns_where_memory_is_short(monkeypatch):
     """Counted on a GPU of pretence: while the UNet works, the other two are not there."""
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)  # what is made here has no contents
-    options = dict(prompts=["x"], frames=64, size=(64, 64), steps=1, device="cuda")
+    request, card = Request("x", frames=64, size=(64, 64), steps=1), torch.device("cuda", 0)
     with FakeTensorMode(), Account() as account:
-        home = build(TINY, Settings())
+        home = sd.build(TINY, sd.Settings())
         tensors = {name: [*part.parameters(), *part.buffers()] for name, part in home.parts().items()}
         sizes = {name: size_of(held) for name, held in tensors.items()}
-        apart = account.during(lambda: generate(home, **options))
-        with torch.device("cuda"):
-            there = build(TINY, Settings())
-        together = sum(sizes.values()) + account.during(lambda: generate(there, **options))
+        apart = account.during(lambda: generate(home, request, device=card))
+        with card:
+            there = sd.build(TINY, sd.Settings())
+        together = sum(sizes.values()) + account.during(lambda: generate(there, request, device=card))
     assert together - apart == sizes["text"] + sizes["vae"] > 0
 
 
@@ -105,7 +136,8 @@ def test_command_writes_and_prints_paths(run, micro, tmp_path):
     assert done.stdout.split() == paths and sorted(os.listdir(tmp_path / "new")) == sorted(map(os.path.basename, paths))
     with av.open(paths[3]) as file:
         comment = json.loads(file.metadata["comment"])
-    assert comment["prompt"] == "ein blaues Quadrat" and comment["seed"] == 8 and comment["ckpt"] == micro
+    assert comment["prompt"] == "ein blaues Quadrat" and comment["seed"] == 8
+    assert comment["ckpt"] == os.path.basename(micro), "and no path of this machine"
     assert comment["steps"] == 2 and comment["guidance"] == 7.0 and comment["fps"] == 8
 
 
@@ -138,25 +170,26 @@ def test_warns_of_what_the_model_never_saw(run, micro, tmp_path):
 
 
 BAD = {
-    "no prompt": ([], "a prompt is needed"),
-    "empty prompt": ([" "], "a prompt is empty"),
+    "no prompt": ([], "prompt must be given"),
+    "empty prompt": ([" "], "prompt must be given and not be empty"),
     "no such checkpoint": (["x", "--ckpt", "nowhere.safetensors"], "nowhere.safetensors"),
     "foreign checkpoint": (["x", "--ckpt", "README.md"], "README.md"),
-    "unwritable": (["x", "--out", "/dev/null/clip.mp4"], "/dev/null/clip.mp4 cannot be written"),
-    "wrong ending": (["x", "--out", "clip.avi"], ".mp4, .gif, .png"),
+    "unwritable": (["x", "--out", "/dev/null/clip.mp4"], "/dev/null"),
+    "wrong ending": (["x", "--out", "clip.avi"], "out must be a folder, or end in .mp4, .gif, .png"),
     "prime frames": (["x", "--frames", "7"], "use 6 or 8"),
-    "no frames": (["x", "--frames", "0"], "at least 1 frame"),
+    "no frames": (["x", "--frames", "0"], "frames must be >= 1, got 0"),
     "size form": (["x", "--size", "64"], "WIDTHxHEIGHT"),
     "size factor": (["x", "--size", "60x64"], "divisible by 8"),
     "fps too high": (["x", "--fps", "121"], "0..120"),
     "fps negative": (["x", "--fps", "-1"], "0..120"),
     "no steps": (["x", "--steps", "0"], "1..1000"),
-    "no number": (["x", "--steps", "many"], "--steps"),
-    "unknown option": (["x", "--stepz", "3"], "--stepz"),
-    "no device": (["x", "--device", "tpu"], "tpu"),
+    "no number": (["x", "--steps", "many"], "--steps: must be a whole number"),
+    "guidance that is none": (["x", "--guidance", "nan"], "--guidance: must be a number"),
+    "unknown option": (["x", "--stepz", "3"], "no option 'stepz'; did you mean 'steps'?"),
+    "no device": (["x", "--device", "tpu"], "device tpu is not here"),
     "no such device": (["x", "--device", "cpu:3"], "cpu:3"),
     "no number of a device": (["x", "--device", "cpu:x"], "cpu:x"),
-    "prompts file": (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
+    "prompts file": (["--prompts", "/nowhere.txt"], "/nowhere.txt: No such file"),
 }
 
 
@@ -177,41 +210,42 @@ def test_never_overwrites(run, micro, tmp_path):
     assert (tmp_path / "a.mp4").read_text() == "precious"
 
 
+def test_two_at_once_into_one_folder(micro, tmp_path):
+    """The same prompt and seed with different guidance: neither video is lost."""
+    command = [sys.executable, "sample.py", "x", "--ckpt", micro, "--steps", "2", "--out", tmp_path]
+    both = [subprocess.Popen([*command, "--guidance", str(scale)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            for scale in (1, 5)]
+    paths = [process.communicate(timeout=300)[0].strip() for process in both]
+    assert sorted(map(os.path.basename, paths)) == sorted(os.listdir(tmp_path)) == ["x-seed0-2.mp4", "x-seed0.mp4"]
+
+
+def test_an_interrupted_sampling_leaves_nothing(micro, tmp_path, monkeypatch, run):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clips.write.write_mp4", interrupted)
+    monkeypatch.setitem(__import__("clips.write", fromlist=["WRITERS"]).WRITERS, ".mp4", interrupted)
+    done = run("sample.py", "x", "--ckpt", micro, "--steps", 1, "--out", tmp_path)
+    assert done.returncode == 130 and os.listdir(tmp_path) == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention maps
+# Devices and precision
 
 
-def test_attention_map_is_the_sum_over_pairs_of_frames(micro):
-    """Figure 11 by its formula, token by token: sum over x in frame i and y in frame j of attn(x, y), over tokens."""
-    model, seen = load(micro), []
-    attention = model.unet.middle_block[1].transformer_blocks[0].attn1
-    hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    with AttentionMaps(model.unet, 4) as watch:
-        watched = generate(model, ["a red circle"], steps=2, guidance=3.0)
-    hook.remove()
-    assert len(watch.maps) == len(seen) == 2
-    for found, (x, _) in zip(watch.maps, seen):
-        q, k = attention.to_q(x[-1]).detach(), attention.to_k(x[-1]).detach()  # (L, C), of the half with the prompt
-        side, width = int(len(q) ** 0.5), q.shape[1] // attention.heads
-        frame = [y // (side // 2) + x // (side // 2) * 2 for y in range(side) for x in range(side)]  # Equation 1
-        for head in range(attention.heads):
-            part = slice(head * width, (head + 1) * width)
-            scores = (q[:, part] @ k[:, part].T / width**0.5).softmax(-1)
-            expected = torch.zeros(4, 4)
-            for a, i in enumerate(frame):
-                for b, j in enumerate(frame):
-                    expected[i, j] += scores[a, b] / frame.count(i)
-            torch.testing.assert_close(found[head], expected, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(found[head].sum(1), torch.ones(4))
-    assert np.array_equal(watched, generate(model, ["a red circle"], steps=2, guidance=3.0)) and len(watch.maps) == 2
+def test_devices_are_named_with_their_number():
+    assert pick_device() == pick_device("cpu") == torch.device("cpu")
 
 
-def test_attention_map_is_written(run, micro, tmp_path):
-    options = ["a red circle", "--ckpt", micro, "--steps", 9, "--out", tmp_path / "v.gif"]
-    done = run("sample.py", *options, "--attention_map", tmp_path / "map.png")
-    assert done.returncode == 0 and done.stdout.split() == [str(tmp_path / "v.gif"), str(tmp_path / "map.png")]
-    assert Image.open(tmp_path / "map.png").height == 12 + 7 * (96 + 12)
-    options[-1] = tmp_path / "w.gif"
-    for more, says in ((["--num", 2], "one video, not of 2"), (["--frames", 1], "not of 1 with 1"), ([], "is there")):
-        done = run("sample.py", *options, "--attention_map", tmp_path / "map.png", *more)
-        assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("units", [False, True])
+def test_auto_is_the_precision_that_the_machine_is_made_for(monkeypatch, units):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: units, raising=False)
+    assert pick_dtype("auto", torch.device("cuda", 0)) == torch.float16
+    assert pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if units else torch.float32)
+    assert pick_dtype("auto", torch.device("mps")) == torch.float32
+    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_precision_is_said(run, micro, tmp_path):
+    done = run("sample.py", "x", "--ckpt", micro, "--steps", 1, "--out", tmp_path, "--dtype", "bfloat16")
+    assert done.returncode == 0 and "bfloat16 on cpu" in done.stderr

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sample import NoiseSchedule, denoise
+from sample import SAMPLERS, NoiseSchedule, denoise
 from sd import Settings
 
 EPSILON = Settings()
 V = Settings(prediction="v")
 ZERO_SNR = Settings(prediction="v", zero_snr=True, spacing="trailing")
-ALL = pytest.mark.parametrize("settings", [EPSILON, V, ZERO_SNR], ids=["epsilon", "v", "zero_snr"])
+LINEAR = Settings(beta_schedule="linear")  # what AnimateDiff's modules were trained with
+ALL = pytest.mark.parametrize("settings", [EPSILON, V, ZERO_SNR, LINEAR], ids=["epsilon", "v", "zero_snr", "linear"])
 quick = hypothesis_settings(max_examples=60, deadline=None)
 
 
@@ -24,7 +25,7 @@ def diffusers_scheduler(kind, settings, **options):
     if kind is DDIMScheduler:
         options["set_alpha_to_one"] = False
     prediction = {"epsilon": "epsilon", "v": "v_prediction"}[settings.prediction]
-    return kind(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
+    return kind(beta_schedule=settings.beta_schedule, beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
                 prediction_type=prediction, timestep_spacing=settings.spacing, rescale_betas_zero_snr=settings.zero_snr,
                 clip_sample=False, steps_offset=1, **options)
 
@@ -85,7 +86,8 @@ def test_zero_snr_ends_in_pure_noise_and_begins_as_before():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"zero_snr": True}, {"zero_snr": True, "prediction": "epsilon"}, {"prediction": "sample"}, {"spacing": "linspace"},
+    {"beta_schedule": "cosine"}, {"zero_snr": True},
+    {"zero_snr": True, "prediction": "epsilon"}, {"prediction": "sample"}, {"spacing": "linspace"},
 ])
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError):
@@ -158,7 +160,7 @@ def test_any_number_of_steps_walks_down_inside_the_schedule(settings):
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 @pytest.mark.parametrize("settings", [EPSILON, ZERO_SNR], ids=["leading", "trailing"])
 def test_steps_out_of_range_are_refused(settings, steps):
-    with pytest.raises(ValueError, match=f"1..1000, not {steps}"):
+    with pytest.raises(ValueError, match=f"1..1000, got {steps}"):
         NoiseSchedule(settings).sampling_timesteps(steps)
 
 
@@ -174,7 +176,7 @@ def diffusers_trajectory(kind, settings, steps, guidance, eta):
     options = {"eta": eta} if kind is DDIMScheduler else {}
     for t in scheduler.timesteps:
         times = t.expand(len(x))
-        with_prompt, without = network(x, times, [PROMPT]), network(x, times, [NEGATIVE])
+        with_prompt, without = network(x, times, PROMPT), network(x, times, NEGATIVE)
         output = without + guidance * (with_prompt - without)
         x, x0 = scheduler.step(output, t, x, generator=generator, return_dict=False, **options)
         path.append((t.item(), x, x0))
@@ -300,6 +302,46 @@ def test_with_guidance_the_network_sees_both_halves(guidance):
     assert torch.equal(x, torch.cat([X, X])) and times.tolist() == [t] * 4
     assert torch.equal(context, torch.cat([NEGATIVE, PROMPT]))
     assert given_fps.tolist() == [4, 30, 4, 30] and grid == (2, 3)
+
+
+def test_guidance_may_depend_on_the_timestep():
+    """Step by step the result of the number that the function gives; where it gives 1 the pair is not computed."""
+    network, scales = Network(), {}
+
+    def guidance(t):
+        return scales.setdefault(t, 5.0 if 300 < t < 700 else 1.0)
+
+    path = our_trajectory(V, 10, guidance, network=network)
+    assert [len(x) for x, *_ in network.calls] == [4 if 300 < t < 700 else 2 for _, t, *_ in path]
+    before = X
+    for _, t, x, x0 in path:
+        _, _, _, expected = next(denoise_from(before, t, scales[t]))
+        assert torch.equal(x0, expected)
+        before = x
+
+
+def denoise_from(x, t, guidance):
+    """denoise, whose first step is at t."""
+    schedule = NoiseSchedule(V)
+    schedule.sampling_timesteps = lambda steps: [t]
+    return denoise(Network(), schedule, x, PROMPT, NEGATIVE, steps=1, guidance=guidance)
+
+
+def test_a_sampler_is_a_class_and_a_line(monkeypatch):
+    """A second-order one that keeps its last prediction, by the seam alone."""
+
+    class Averaging:
+        def __init__(self, schedule, timesteps, eta, noise):
+            self.timesteps, self.before = timesteps, None
+
+        def step(self, i, x, x0, eps):
+            x, self.before = x0 if self.before is None else (x0 + self.before) / 2, x0
+            return x
+
+    monkeypatch.setitem(SAMPLERS, "averaging", Averaging)
+    path = our_trajectory(V, 4, 7.0, sampler="averaging")
+    for (*_, before), (_, _, x, x0) in zip(path, path[1:]):
+        assert torch.equal(x, (x0 + before) / 2)
 
 
 @pytest.mark.parametrize("guidance", [7.0, 1.0])

@@ -1,0 +1,164 @@
+"""cli.py: what options may be, what is said of mistakes, and files that are never half there."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cli
+from cli import option
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+import cli
+def main():
+    {body}
+cli.run(main)
+"""
+
+
+@dataclass
+class Options:
+    words: tuple[str, ...] = option((), "what to say", positional=True)
+    steps: int = option(50, "100% of them", low=1, high=1000)
+    scale: float | None = option(None, "or what the model says")
+    rate: float = option(1.0, above=0)
+    size: tuple[int, int] = option((64, 64), metavar="WxH", read=cli.read_size)
+    values: tuple[int, ...] = option((1, 2), low=1)
+    mix: dict = option({"a": 1})
+    kind: str = option("one", choices=("one", "two"))
+    loud: bool = option(False, "say it loudly")
+    deep: bool = option(True)
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("", Options()),
+    ("a b --steps 3 c", Options(words=("a", "b", "c"), steps=3)),
+    ("--scale=2", Options(scale=2.0)),
+    ("--scale -2.5", Options(scale=-2.5)),
+    ("--size 512x320", Options(size=(512, 320))),
+    ("--values 4,8", Options(values=(4, 8))),
+    ("--values 4", Options(values=(4,))),
+    ("--values=[4,8]", Options(values=(4, 8))),
+    ("--mix {'b':2}", Options(mix={"b": 2})),
+    ("--loud a", Options(words=("a",), loud=True)),
+    ("--loud=True --deep=False", Options(loud=True, deep=False)),
+    ("--kind two", Options(kind="two")),
+])
+def test_command_lines(line, expected):
+    assert cli.parse(Options, "", line.split()) == expected
+
+
+@pytest.mark.parametrize("line, says", [
+    ("--steps 0", "steps must be in 1..1000, got 0"),
+    ("--steps 1.5", "--steps: must be a whole number, got '1.5'"),
+    ("--steps many", "--steps: must be a whole number, got 'many'"),
+    ("--steps", "--steps: expected one argument"),
+    ("--rate 0", "rate must be > 0, got 0"),
+    ("--rate 1e999", "rate must be a finite number, got inf"),
+    ("--scale nan", "--scale: must be a number, got 'nan'"),
+    ("--size 512", "--size: must be WIDTHxHEIGHT, like 256x256, got '512'"),
+    ("--values 3,0", "values must be >= 1, got 0"),
+    ("--values 3,x", "--values: must be a tuple of whole numbers, got '3,x'"),
+    ("--kind three", "kind must be one of one, two, got 'three'"),
+    ("--loud=maybe", "--loud: must be True or False, got 'maybe'"),
+    ("--step 3", "no option 'step'; did you mean 'steps'?"),
+    ("--xyzzy", "no option 'xyzzy' (see --help)"),
+])
+def test_mistakes_say_what_and_where(line, says):
+    with pytest.raises(ValueError) as refusal:
+        cli.parse(Options, "", line.split())
+    assert says in str(refusal.value)
+
+
+def test_help_says_what_every_option_is(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(Options, "Says words.", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "Says words." in text and "100% of them; default 50" in text and "one of one, two" in text
+
+
+@given(st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.tuples(st.integers())))
+def test_check_lets_through_what_fits_and_nothing_else(value):
+    options = Options()
+    options.steps = value
+    if type(value) is int and 1 <= value <= 1000:
+        cli.check(options)
+    else:
+        with pytest.raises(ValueError, match="^steps must be"):
+            cli.check(options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def program(body, **options):
+    return subprocess.run([sys.executable, "-c", PROGRAM.format(root=ROOT, body=body)], capture_output=True, text=True,
+                          **options)
+
+
+@pytest.mark.parametrize("body, says", [
+    ("cli.read_size('x')", "must be WIDTHxHEIGHT"),
+    ("open('/no/such/file')", "/no/such/file: No such file or directory"),
+    ("open('/')", "/: Is a directory"),
+    ("cli.write_text('/no/such/folder/file', '')", "/no/such/folder/file cannot be written: No such file or directory"),
+])
+def test_a_mistake_is_one_line_and_status_2(body, says):
+    done = program(body)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("body, says", [
+    ("[][0]", "IndexError"), ("import json; json.loads('{')", "json.decoder.JSONDecodeError"),
+    ("import numpy; numpy.zeros(3).reshape(2, 2)", "ValueError: cannot reshape"), ("int('x')", "ValueError: invalid"),
+])
+def test_a_bug_keeps_its_traceback(body, says):
+    done = program(body)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and says in done.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    done = subprocess.run(f"{sys.executable} train.py --help | head -n 1", shell=True, cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.stdout.startswith("usage: train.py") and done.stderr == ""
+
+
+def test_interrupts_leave_without_a_traceback():
+    code = PROGRAM.format(root=ROOT, body="print('on', flush=True); import time; time.sleep(600)")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "on\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == ""
+
+
+def test_commands_run_from_any_folder(tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--frames", "7", "x"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        "sample.py: frames must make a grid, got 7, which is prime: use 6 or 8\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = str(tmp_path / "file")
+    cli.write_text(path, "before")
+    with pytest.raises(KeyError), cli.beside(path) as part:
+        with open(part, "w") as file:
+            file.write("half")
+        raise KeyError
+    assert open(path).read() == "before" and os.listdir(tmp_path) == ["file"]
+    cli.write_text(path, "after")
+    assert open(path).read() == "after" and os.listdir(tmp_path) == ["file"]
