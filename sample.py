@@ -24,6 +24,7 @@ from cli import option
 from clips.write import claim_paths, playback_fps, release, write_video
 from grid import fold, grid_shape, unfold
 from sd.device import DTYPES, at_work, has_room, pick_device, pick_dtype
+from sd.settings import BETA_SCHEDULES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule
@@ -42,7 +43,7 @@ class NoiseSchedule:
 
     def __init__(self, settings: sd.Settings):
         known = {"prediction": ("epsilon", "v"), "spacing": ("leading", "trailing"),
-                 "beta_schedule": ("scaled_linear", "linear")}
+                 "beta_schedule": BETA_SCHEDULES}
         for name, values in known.items():
             if getattr(settings, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(settings, name)!r}")
@@ -119,7 +120,7 @@ class DDIM:
 
 
 class DDPM:
-    """Ancestral DDPM on the respaced schedule (Ho et al. 2020, Equations 6-7), variance `fixed_small`. Ends at ᾱ = 1."""
+    """Ancestral DDPM on the respaced schedule (Ho et al. 2020, Equations 6-7), the smaller variance. Ends at ᾱ = 1."""
 
     def __init__(self, schedule: NoiseSchedule, timesteps: list[int], eta: float, noise):
         self.alphas, self.noise = torch.cat([schedule.alphas_cumprod[timesteps], torch.ones(1)]), noise
@@ -200,7 +201,7 @@ class Request:
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         cli.check(whole)
         if not whole.prompt or not all(prompt.strip() for prompt in whole.prompt):
-            raise ValueError('prompt must be given and not be empty, like: python sample.py "a red circle moving right"')
+            raise ValueError('prompt must be given and not be empty, like "a red circle moving right"')
         model.check_size(*whole.size, whole.frames)
         return whole
 
@@ -291,20 +292,19 @@ class Options(Request):
                         choices=DTYPES)
 
 
-def read_prompts(options: Options) -> tuple[str, ...]:
-    """All prompts, those of the file too. Raises OSError or ValueError when it cannot be read."""
-    if not options.prompts:
-        return options.prompt
+def read_prompts(path: str) -> tuple[str, ...]:
+    """The prompts of a file, one a line. Raises OSError or ValueError when it cannot be read."""
     try:
-        with open(options.prompts, encoding="utf-8") as file:
-            return (*options.prompt, *(line.strip() for line in file if line.strip()))
+        with open(path, encoding="utf-8") as file:
+            return tuple(line.strip() for line in file if line.strip())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{options.prompts} must be text in UTF-8: {error}") from error
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
 
 
 def main():
     options = cli.parse(Options, __doc__)
-    options.prompt = read_prompts(options)
+    if options.prompts:
+        options.prompt += read_prompts(options.prompts)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     model = sd.load(options.ckpt or SHIPPED, "cpu", dtype, options.prediction or None)

@@ -63,20 +63,23 @@ def save(model: Model, path: str):
 # Load
 
 
-def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = None, ema: bool = False) -> Model:
+def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = None, ema: bool = False,
+         layout: str | None = None) -> Model:
     """A Stable Diffusion 1.x or 2.x, or one of our own models, in evaluation mode.
 
     path        a file (.safetensors, .ckpt), a diffusers folder, or a Hugging Face repository "owner/name"
     prediction  what the UNet predicts, "epsilon" or "v"; None: what the files say, and "epsilon" if they do not
     ema         of a training checkpoint, take the UNet's moving average (model_ema.*) rather than its last weights
+    layout      how the tokens of a clip meet, one of sd.settings.LAYOUTS; None: what the file says, and "grid" if it
+                does not
 
     What comes without ETC's tensors gets fresh ones, which change nothing until they are trained. On the CPU, weights
-    that have the wanted dtype already stay in the file, mapped into memory. Raises ValueError when the files do not hold
-    exactly one whole model.
+    that have the wanted dtype already stay in the file, mapped into memory. Raises ValueError when the files do not
+    hold exactly one whole model.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
-        source = read_folder(path, path)
+        source = read_folder(path, os.path.basename(os.path.normpath(path)))
     elif os.path.exists(path) or not is_repository(path):
         source = read_file(path, ema)
     else:
@@ -85,6 +88,7 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
         source.settings = replace(source.settings, prediction=prediction)
     elif not source.says_prediction:
         warn(f'{path} does not say what it predicts: "epsilon" is assumed; SD 2 at 768 pixels wants "v"')
+    source.settings = replace(source.settings, layout=layout or source.settings.layout)
     return assemble(source, device, dtype)
 
 

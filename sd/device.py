@@ -49,7 +49,7 @@ def has_room(device: torch.device, networks) -> bool:
 
 @contextmanager
 def at_work(network, device: torch.device):
-    """Context manager: have a network on a device. Weights from elsewhere stay there too, and nothing is copied back."""
+    """Context manager: have a network on a device. Weights from elsewhere stay there too: nothing is copied back."""
     home = network.state_dict()
     elsewhere = any(tensor.device != device for tensor in home.values())
     if elsewhere:

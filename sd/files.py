@@ -9,9 +9,6 @@ from safetensors import SafetensorError, safe_open
 from cli import one_line
 from sd.shapes import EXPECTED
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files of weights
-
 
 class Inert:
     """Stands in for all that a .ckpt pickles besides tensors (a trainer's callbacks, say): none of it is ever run."""

@@ -1,17 +1,11 @@
-"""The names of tensors: ours, the original files', diffusers', transformers'."""
+"""The names of tensors: ours, the original files', diffusers', transformers'.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names. Inside our networks parameters are called as in the original files, except for one part: the text tower of
-# SD 1, which stands in those files under transformers' names. diffusers renamed everything.
-
+Inside our networks parameters are called as in the original files, except for one part: the text tower of SD 1, which
+stands in those files under transformers' names. diffusers renamed everything.
+"""
 
 PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.model."}
-
-
 SD1_TEXT = "cond_stage_model.transformer.text_model."
-
-
 EXTRA = ("time_proj.", "fps_proj.", "layout.")  # the UNet's tensors that Stable Diffusion does not have
 
 
@@ -25,24 +19,14 @@ def file_name(part: str, name: str) -> str:
 # Layers as (theirs, ours). Not every block has all of them: a shortcut needs a layer only when the width changes.
 RES_BLOCK = (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
              ("norm2", "out_layers.0"), ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection"))
-
-
 TRANSFORMER = tuple((name, name) for name in ("norm", "proj_in", "proj_out")) + tuple(
     (f"transformer_blocks.0.{name}", f"transformer_blocks.0.{name}") for name in (
         "norm1", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
         "norm2", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "norm3", "ff.net.0.proj", "ff.net.2"))
-
-
 VAE_BLOCK = (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"),
              ("conv_shortcut", "nin_shortcut"))
-
-
 VAE_ATTENTION = (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
-
-
 VAE_ATTENTION_2022 = (("group_norm", "norm"), ("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out"))
-
-
 TEXT_LAYER = (("layer_norm1", "ln_1"), ("self_attn.out_proj", "attn.out_proj"),
               ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"))
 

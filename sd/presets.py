@@ -40,5 +40,4 @@ MICRO = ModelConfig(
     VAEConfig(channels=8, channel_mult=(1, 1, 2, 2), num_res_blocks=1, norm_groups=1),
     TextConfig(width=32, layers=1, heads=2, skip_last=0, projection=0),
 )
-
 PRESETS = {"micro": MICRO, "tiny": TINY, "sd15": SD15, "sd21": SD21}

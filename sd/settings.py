@@ -12,6 +12,7 @@ from sd.vae import AutoencoderKL
 
 # Ways to see time, by name: a function of the UNet's config that makes the layout object. New ones are registered here.
 LAYOUTS = {"grid": lambda cfg: Grid()}
+BETA_SCHEDULES = ("scaled_linear", "linear")  # linear in sqrt(beta), as Stable Diffusion's; linear in beta
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Settings:
     """What the tensors of a model do not tell. The defaults are those of Stable Diffusion 2.1-base."""
 
     prediction: str = "epsilon"  # what the UNet predicts: "epsilon" or "v"
-    beta_schedule: str = "scaled_linear"  # linear in sqrt(beta), 1000 timesteps; or "linear" in beta
+    beta_schedule: str = BETA_SCHEDULES[0]
     beta_start: float = 0.00085
     beta_end: float = 0.012
     zero_snr: bool = False  # rescaled so that the last timestep is pure noise; needs prediction "v"
     spacing: str = "leading"  # of the sampler's timesteps: "leading" or "trailing"
     latent_scale: float = 0.18215  # VAE latent x latent_scale has a standard deviation of about 1
-    layout: str = "grid"  # how the tokens of a clip meet
+    layout: str = "grid"  # how the tokens of a clip meet, one of LAYOUTS
     frames: int = 1  # from here on: what the model was trained on, and what sampling therefore does by default
     width: int = 512
     height: int = 512
@@ -55,7 +56,7 @@ class Model:
         return self
 
     def check_size(self, width: int, height: int, frames: int):
-        """Raise ValueError unless frames of this size, in pixels, are whole latent pixels and make a grid for the UNet."""
+        """Raise ValueError unless frames of this size, in pixels, are whole latent pixels and make a grid."""
         factor, halvings = self.vae.cfg.downsampling, self.unet.cfg.downsampling
         rows, cols = grid_shape(frames)
         for side, cells, name in ((width, cols, "width"), (height, rows, "height")):
@@ -69,6 +70,8 @@ class Model:
 
 
 def build(config: ModelConfig, settings: Settings) -> Model:
-    """A model with fresh random weights."""
+    """A model with fresh random weights. Raises ValueError on a layout that is not known."""
+    if settings.layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {settings.layout!r}")
     unet = UNet(config.unet, LAYOUTS[settings.layout](config.unet))
     return Model(unet, AutoencoderKL(config.vae), TextEncoder(config.text), settings)

@@ -4,24 +4,16 @@ from model import UNetConfig
 from sd.text import TextConfig
 from sd.vae import VAEConfig
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Architecture, read off the tensor shapes
-
-
 # What shapes do not tell. Our files carry it in the header, diffusers folders in config.json; else the family knows.
 SHAPELESS = {
     "unet": ("head_width", "num_heads", "norm_groups", "mixed_embedding"),
     "vae": ("norm_groups",),
     "text": ("heads", "skip_last", "quick_gelu", "pad_id"),
 }
-
-
 FAMILY = {
     "SD 1": {"unet": {"head_width": None, "num_heads": 8}, "vae": {}, "text": {"quick_gelu": True, "pad_id": 49407}},
     "SD 2": {"unet": {"head_width": 64, "num_heads": None}, "vae": {}, "text": {"quick_gelu": False, "pad_id": 0}},
 }
-
-
 LICENCE = {"SD 1": "CreativeML Open RAIL-M", "SD 2": "CreativeML Open RAIL++-M"}
 
 

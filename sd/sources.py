@@ -1,4 +1,4 @@
-"""Every packaging of Stable Diffusion: a single file, a diffusers folder, a repository."""
+"""Every packaging of Stable Diffusion: one file (.safetensors, .ckpt), a diffusers folder, a repository."""
 
 import json
 import os
@@ -18,11 +18,8 @@ from sd.names import (
     unet_layers,
     vae_layers,
 )
-from sd.settings import Settings
+from sd.settings import BETA_SCHEDULES, Settings
 from sd.shapes import EXPECTED, FAMILY, LICENCE, Named, count
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is in the files
 
 
 @dataclass
@@ -85,7 +82,7 @@ def read_file(path: str, ema: bool) -> Source:
         names["unet"] |= averages
         ignored += (PREFIX["unet"] + "*",)
     if header is None:
-        settings = Settings(origin={"base": {"from": path, "licence": LICENCE[family]}})
+        settings = Settings(origin={"base": {"from": os.path.basename(path), "licence": LICENCE[family]}})
         return Source(weights, names, FAMILY[family], settings, family == "SD 1", ignored)
     known = {f.name for f in fields(Settings)}
     settings = Settings(**{k: tuple(v) if k == "fps_trained" else v for k, v in header.items() if k in known})
@@ -99,10 +96,8 @@ FIXED = {  # what a folder's config.json may say of things that our networks do 
              "addition_embed_type": None},
     "vae": {"act_fn": "silu", "shift_factor": None},
     "text_encoder": {"model_type": "clip_text_model", "layer_norm_eps": 1e-5},
-    "scheduler": {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "trained_betas": None},
+    "scheduler": {"num_train_timesteps": 1000, "trained_betas": None},
 }
-
-
 WEIGHTS = re.compile(  # diffusers' and transformers' names of weight files: a variant, one shard of several
     r"(?:diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(?:-\d+-of-(\d+))?(\.fp16)?\.(safetensors|bin)")
 
@@ -123,6 +118,7 @@ def folder_weights(folder: str) -> list[str]:
 
 
 def folder_json(path: str, part: str, name: str = "config.json") -> Named:
+    """A network's or the scheduler's config. Raises ValueError where it says what our networks do not do."""
     file = os.path.join(path, part, name)
     if not os.path.exists(file):
         raise ValueError(f"{path} is no diffusers folder of a Stable Diffusion: there is no {file}")
@@ -135,6 +131,7 @@ def folder_json(path: str, part: str, name: str = "config.json") -> Named:
 
 
 def meaning(config: Named, key: str, default: str, known: dict):
+    """What a value of a config is called here. Raises ValueError on an unknown one."""
     value = config.get(key, default)
     if value not in known:
         raise ValueError(f"{config.file}: {key} is {value!r}; understood are {', '.join(known)}")
@@ -176,6 +173,7 @@ def read_folder(path: str, origin: str) -> Source:
     side = (unet.get("sample_size") or 64) * 2 ** (len(vae["block_out_channels"]) - 1)  # of a picture, in pixels
     settings = Settings(
         prediction=meaning(scheduler, "prediction_type", "epsilon", {"epsilon": "epsilon", "v_prediction": "v"}),
+        beta_schedule=meaning(scheduler, "beta_schedule", "scaled_linear", {b: b for b in BETA_SCHEDULES}),
         beta_start=scheduler["beta_start"],
         beta_end=scheduler["beta_end"],
         zero_snr=scheduler.get("rescale_betas_zero_snr", False),
@@ -190,7 +188,7 @@ def read_folder(path: str, origin: str) -> Source:
 
 def download(repository: str) -> str:
     """The files that load() needs of a Hugging Face repository, and no others -> the folder that they are in."""
-    from huggingface_hub import errors, snapshot_download  # comes with open_clip_torch
+    from huggingface_hub import errors, snapshot_download  # seconds to import, and only needed here
 
     wanted = ["scheduler/scheduler_config.json"]
     for part in ("unet", "vae", "text_encoder"):
@@ -204,5 +202,6 @@ def download(repository: str) -> str:
 
 
 def is_repository(path: str) -> bool:
+    """Whether a path that does not exist may be the name of a Hugging Face repository."""
     weights = path.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not weights and not os.path.isdir(path.split("/")[0])

@@ -23,10 +23,6 @@ class VAEConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# VAE
-
-
 class VAEResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()

@@ -13,13 +13,17 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT
+from references import FAMILIES, error, inputs, reference, save_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_model import FAMILIES, error, inputs, reference, save_reference
 
-from model import TINY, ModelConfig, TextConfig, UNetConfig, VAEConfig
-from sd import checkpoint
-from sd.checkpoint import Settings, UserError, build, load, model_tensors, save
+from model import Grid, UNetConfig
+from sd import Settings, build, checkpoint, load, save
+from sd.checkpoint import model_tensors
+from sd.presets import MICRO, TINY, ModelConfig
+from sd.settings import LAYOUTS
+from sd.text import TextConfig
+from sd.vae import VAEConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not say what it predicts")
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -120,7 +124,7 @@ def test_fp16_folder(family, tensors, tmp_path):
 def test_folder_with_a_shard_missing(family, tmp_path):
     path = save_reference(family, tmp_path, max_shard_size="5MB")
     os.remove(sorted((tmp_path / "unet").glob("*-00002-of-*"))[0])
-    with pytest.raises(UserError, match=r"has \d+ of the \d+ files of weights"):
+    with pytest.raises(ValueError, match=r"has \d+ of the \d+ files of weights"):
         load(path)
 
 
@@ -138,7 +142,7 @@ def test_folder_with_a_shard_missing(family, tmp_path):
 def test_folders_that_say_something_unknown(tmp_path, file, change, message):
     path = save_reference("SD 2", tmp_path)
     edit(tmp_path / file, **change)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         load(path)
 
 
@@ -150,14 +154,14 @@ def test_zero_snr_and_trailing(tmp_path):
 
 
 def test_folder_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="no diffusers folder of a Stable Diffusion: there is no .*unet/config.json"):
+    with pytest.raises(ValueError, match="no diffusers folder of a Stable Diffusion: there is no .*unet/config.json"):
         load(str(tmp_path))
 
 
 def test_folder_without_weights(tmp_path):
     path = save_reference("SD 2", tmp_path)
     os.remove(tmp_path / "vae/diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match="vae has no weights"):
+    with pytest.raises(ValueError, match="vae has no weights"):
         load(path)
 
 
@@ -203,7 +207,7 @@ def test_every_file_is_the_same_model(family, tensors, tmp_path, kind):
 def test_a_pickle_that_runs_something_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "callbacks": Malicious()}, "model.ckpt")
-    with pytest.raises(UserError, match="model.ckpt is refused"):
+    with pytest.raises(ValueError, match="model.ckpt is refused"):
         load("model.ckpt")
     assert os.listdir() == ["model.ckpt"]
 
@@ -214,7 +218,7 @@ def test_moving_average_is_chosen(family, tensors, tmp_path):
     chosen = {n: t + 1 if n.startswith("model.diffusion_model.") else t for n, t in tensors.items()}
     assert same(load(path, ema=True), chosen)
     torch.save({"state_dict": tensors}, path)
-    with pytest.raises(UserError, match="holds no moving average"):
+    with pytest.raises(ValueError, match="holds no moving average"):
         load(path, ema=True)
 
 
@@ -251,18 +255,18 @@ def test_prediction(family, tensors, tmp_path):
 def test_one_tensor_too_many_or_too_few(family, tensors, tmp_path):
     path = str(tmp_path / "model.safetensors")
     save_file(tensors | {"model.diffusion_model.label_emb.weight": torch.ones(1)}, path)
-    with pytest.raises(UserError, match=r"unknown tensors.* model.diffusion_model.label_emb.weight; expected is"):
+    with pytest.raises(ValueError, match=r"unknown tensors.* model.diffusion_model.label_emb.weight; expected is"):
         load(path)
     for name in list(tensors)[3 :: len(tensors) // 10]:
         save_file({k: v for k, v in tensors.items() if k != name}, path)
-        with pytest.raises(UserError, match=f"lacks {re.escape(name)}; expected is"):
+        with pytest.raises(ValueError, match=f"lacks {re.escape(name)}; expected is"):
             load(path)
 
 
 def test_many_missing_are_counted(tensors, tmp_path):
     path = str(tmp_path / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if not k.endswith(".bias")}, path)
-    with pytest.raises(UserError, match=r"lacks .*bias, .*bias, .*bias and \d+ more") as caught:
+    with pytest.raises(ValueError, match=r"lacks .*bias, .*bias, .*bias and \d+ more") as caught:
         load(path)
     assert "\n" not in str(caught.value)
 
@@ -270,7 +274,7 @@ def test_many_missing_are_counted(tensors, tmp_path):
 def test_another_shape(tensors, tmp_path):
     path, name = str(tmp_path / "model.safetensors"), "model.diffusion_model.time_embed.0.weight"
     save_file(tensors | {name: torch.zeros(256, 63)}, path)
-    with pytest.raises(UserError, match=rf"{name} is \(256, 63\) and not \(256, 64\)"):
+    with pytest.raises(ValueError, match=rf"{name} is \(256, 63\) and not \(256, 64\)"):
         load(path)
 
 
@@ -313,6 +317,24 @@ def test_own_file_comes_back_to_the_bit(tmp_path, fps_embedding):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     save(again, path)  # onto the very file that it is mapped from
     assert all(torch.equal(ours[n], t) for n, t in model_tensors(load(path)).items())
+
+
+def test_a_layout_keeps_its_tensors_and_its_name_in_the_file(tmp_path, monkeypatch):
+    class Gated(Grid):
+        def __init__(self, cfg):
+            super().__init__()
+            self.gate = torch.nn.Parameter(torch.full((cfg.channels,), 0.5))
+
+    monkeypatch.setitem(LAYOUTS, "gated", Gated)
+    path = str(tmp_path / "gated.safetensors")
+    save(build(MICRO, Settings(layout="gated")), path)
+    assert "etc.layout.gate" in load_file(path)
+    model = load(path)
+    assert model.settings.layout == "gated" and torch.equal(model.unet.layout.gate, torch.full((16,), 0.5))
+    with pytest.raises(ValueError, match="has unknown tensors, etc.layout.gate"):
+        load(path, layout="grid")
+    with pytest.raises(ValueError, match="layout must be one of grid, gated, got 'spiral'"):
+        load(path, layout="spiral")
 
 
 def test_training_does_not_write_into_the_file(tmp_path):
@@ -421,7 +443,7 @@ def zeros(*names):
 def test_what_a_foreign_file_seems_to_be(tmp_path, names, what):
     for path in (tmp_path / "a.safetensors", tmp_path / "a.ckpt"):
         save_file(zeros(*names), path) if path.suffix == ".safetensors" else torch.save(zeros(*names), path)
-        with pytest.raises(UserError, match=f"seems to be {what}.*; expected is a whole Stable Diffusion") as caught:
+        with pytest.raises(ValueError, match=f"seems to be {what}.*; expected is a whole Stable Diffusion") as caught:
             load(str(path))
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
@@ -435,7 +457,7 @@ def test_what_a_foreign_file_seems_to_be(tmp_path, names, what):
 def test_files_of_no_known_format(tmp_path, content, message):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         load(str(path))
     assert "\n" not in str(caught.value)
 
@@ -448,14 +470,14 @@ def test_truncated_files(tmp_path, kind, part):
     save_file(tensors, path) if kind == "safetensors" else torch.save(tensors, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(UserError, match="is not whole") as caught:
+    with pytest.raises(ValueError, match="is not whole") as caught:
         load(str(path))
     assert "\n" not in str(caught.value)
 
 
 def test_ckpt_that_is_no_dict(tmp_path):
     torch.save([torch.ones(1)], tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="holds a list and not named tensors"):
+    with pytest.raises(ValueError, match="holds a list and not named tensors"):
         load(str(tmp_path / "a.ckpt"))
 
 
@@ -463,7 +485,7 @@ def test_parts_that_do_not_belong_together(tensors, tmp_path):
     path = str(tmp_path / "model.safetensors")
     wide = build(ModelConfig(TINY.unet, TINY.vae, replace(TINY.text, width=128)), Settings())
     save(wide, path)
-    with pytest.raises(UserError, match="text tower gives 128 channels, the UNet takes 64"):
+    with pytest.raises(ValueError, match="text tower gives 128 channels, the UNet takes 64"):
         load(path)
 
 
@@ -505,7 +527,7 @@ def test_repository_that_cannot_be_reached(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("Got: ConnectError\nand much more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match="nobody/nothing: there is no such file, and no such .* offline") as caught:
+    with pytest.raises(ValueError, match="nobody/nothing: there is no such file, and no such .* offline") as caught:
         load("nobody/nothing")
     assert "\n" not in str(caught.value)
 
@@ -514,7 +536,7 @@ def test_repository_that_cannot_be_reached(monkeypatch):
                                   "./a/b", "nothing"])
 def test_missing_files_are_not_taken_for_repositories(path, monkeypatch):
     monkeypatch.setattr(checkpoint, "download", lambda path: pytest.fail("asked Hugging Face"))
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
         load(path)
 
 
