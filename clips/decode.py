@@ -1,4 +1,11 @@
-"""A video file -> the frames on screen at given times, by libav."""
+"""A video file -> the frames that are on screen at given times, by libav.
+
+    with opened("clip.mp4") as video:
+        frames = frames_at(video, [0.0, 0.5, 1.0])
+
+What the open web calls a video is often none. Whatever is wrong with a file is a Bad with a reason, found in bounded
+time and memory.
+"""
 
 import bisect
 import math
@@ -12,61 +19,36 @@ from dataclasses import dataclass
 import av
 
 VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
-
-
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
+
+TIME_LIMIT = 30  # seconds to open a file, and to decode the frames of a clip
+BYTE_LIMIT = 1 << 29  # of a clip, compressed
+PIXEL_LIMIT = 1 << 26  # of a frame
+# containers that hold their own video: a playlist among downloaded files could name any other file, or a URL
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,m4v,h264,hevc,ivf,mjpeg"
+# codecs in which a packet is a frame, so that packets can be left out; one of AV1 may show an earlier packet's frame
+SKIPPING = ("h264", "hevc", "mpeg4", "mpeg2video")
 
 
 class Bad(Exception):
-    """What cannot be used. The text is the reason, the same for the same fault, so that reasons can be counted."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Videos
+    """A file or an item that cannot be used. Its text is the reason, always the same for the same fault, so that
+    reasons can be counted."""
 
 
 @dataclass
 class Video:
-    """An open video: frames a second on average, where it starts and how long it lasts, in seconds."""
+    """An open video."""
 
     stream: av.VideoStream
-    rate: float
-    start: float
-    duration: float
-    aspect: float  # width of a pixel through its height
-
-
-TIME_LIMIT = 30  # seconds a file may take
-
-
-BYTE_LIMIT = 1 << 29  # of one clip, compressed
-
-
-PIXEL_LIMIT = 1 << 26  # of one frame
-
-
-# what holds video and nothing else: a playlist among downloaded files could name any other file, or a URL
-SKIPPING = ("h264", "hevc", "mpeg4", "mpeg2video")  # a packet is a frame; AV1 may show that of an earlier packet
-
-
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,m4v,h264,hevc,ivf,mjpeg"
-
-
-def require_file(path: str):
-    """Raise Bad unless a path is that of a regular file: opening a fifo would wait for ever."""
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have such a name
-        raise Bad("missing") from error
-    except OSError as error:
-        raise Bad(error.strerror.lower()) from error
-    if not regular:
-        raise Bad("not a regular file")
+    rate: float  # frames a second, on average
+    start: float  # timestamp of its beginning, in seconds
+    duration: float  # seconds
+    aspect: float  # width of a pixel divided by its height
 
 
 @contextmanager
 def opened(path: str):
-    """The video in a file, decoded by one thread. Whatever is wrong with the file becomes a Bad."""
+    """Context manager: open the video in a file, decoded by one thread. Whatever is wrong with it becomes a Bad."""
     require_file(path)
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
@@ -85,8 +67,20 @@ def opened(path: str):
         raise Bad((error.strerror or type(error).__name__).lower()) from error
 
 
+def require_file(path: str):
+    """Raise Bad unless a path leads to a regular file: opening a fifo would wait for ever."""
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have such a name
+        raise Bad("missing") from error
+    except OSError as error:
+        raise Bad(error.strerror.lower()) from error
+    if not regular:
+        raise Bad("not a regular file")
+
+
 def timing(stream) -> tuple[float, float, float, float]:
-    """(rate, start, duration, aspect)."""
+    """Read (rate, start, duration, aspect) off a stream."""
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     tagged = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # Matroska
     if stream.duration:
@@ -109,12 +103,12 @@ def usable_fps(rate: float, duration: float, T: int, values=VIDEO_FPS) -> list[i
 
 
 def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
-    """The frames on screen at some times (rising seconds, 0 is the start of the video).
+    """The frames on screen at the given times: seconds from the start of the video, in rising order.
 
-    Packets are read before any is decoded, so that it is known which hold a wanted frame; of the others those are not
-    decoded to which no frame refers: half of a usual H.264 file is such B-frames.
+    All packets are read before any is decoded, so that it is known which of them hold a wanted frame. The others are
+    not decoded unless some frame refers to them: half of a usual H.264 file is B-frames that nothing refers to.
 
-    back  seconds before the first time from which on a keyframe is looked for
+    back  how many seconds before the first time to look for a keyframe
     """
     stream, context, deadline = video.stream, video.stream.codec_context, time.monotonic() + TIME_LIMIT
     ticks = [math.floor((video.start + t + 1e-6) / stream.time_base) for t in times]
@@ -125,7 +119,7 @@ def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
     packets = read_packets(stream, ticks[-1], deadline)
     keys = [n for n, p in enumerate(packets) if p.is_keyframe]
     if times[0] > back and (not keys or (packets[keys[0]].pts or 0) > ticks[0]):
-        return frames_at(video, times, back=2 * back + 1)  # decoded before it, shown after it
+        return frames_at(video, times, back=2 * back + 1)  # that keyframe is shown too late
     if not keys:
         raise Bad("no keyframe in it")
     packets = packets[keys[0] :]
@@ -139,7 +133,7 @@ def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
         for frame in context.decode(packet):
             if frame.is_corrupt:
                 raise Bad("damaged")
-            if frame.pts is None:  # before 0, where the container has no numbers
+            if frame.pts is None:  # before 0, where this container has no timestamps
                 continue
             while len(frames) < len(ticks) and current is not None and frame.pts > ticks[len(frames)]:
                 frames.append(current)
@@ -150,14 +144,14 @@ def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
             return frames
     if current is None:
         raise Bad("no frame in it")
-    stays = max(current.duration or 0, math.ceil(1 / video.rate / stream.time_base))  # the last is on screen so long
-    if ticks[-1] > current.pts + stays:
+    on_screen = max(current.duration or 0, math.ceil(1 / video.rate / stream.time_base))
+    if ticks[-1] > current.pts + on_screen:
         raise Bad("ends early")
     return frames + [current] * (len(ticks) - len(frames))
 
 
 def read_packets(stream, last: int, deadline: float) -> list[av.Packet]:
-    """In the order of decoding, until no later one can be shown at or before the tick `last`."""
+    """Packets in decoding order, up to the first after which none can be shown at or before the tick `last`."""
     packets, size = [], 0
     for packet in stream.container.demux(stream):
         if packet.size:

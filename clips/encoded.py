@@ -1,7 +1,14 @@
-"""Folders of samples encoded ahead."""
+"""Folders of samples encoded ahead, as `python -m clips.encode` writes them.
+
+    spec.json             what the samples are made of, and which VAE and text tower encoded them
+    index.jsonl           a line for each sample, or for an item that cannot be used; those of an item follow each other
+    video-000000.safetensors ...   moments (N, T, 2C, h, w), and with text contexts (N, L, D), of some items
+    empty.safetensors     the context of the empty caption
+"""
 
 import json
 import os
+import re
 
 import numpy as np
 import torch
@@ -11,23 +18,13 @@ from clips.decode import Bad
 from clips.lists import Records
 from clips.samples import SOURCES, Sample, Spec
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples encoded ahead
-
-
-def read_settings(folder: str) -> dict:
-    """What `encode` noted of a folder."""
-    try:
-        with open(os.path.join(folder, "spec.json"), encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a folder of encoded clips: {error}") from error
+LINE_START = re.compile(rb'^\{"shard": "[^"]+", "source": "(video|label|caption)", "item": (\d+), ', re.MULTILINE)
 
 
 class EncodedClips:
-    """A folder written by `encode`, read sample by sample.
+    """The samples of such a folder, read one by one.
 
-    text  whether to give the context too, where it was encoded
+    text  whether to read their contexts too, where there are any
     """
 
     def __init__(self, folder: str, text=True):
@@ -36,10 +33,13 @@ class EncodedClips:
         self.folder, self.text, self.vae = folder, text and settings["text"], settings["vae"]
         self.tower = settings.get("tower") if self.text else None  # folders of earlier versions do not say
         self.spec = Spec(**settings["spec"] | {"fps_values": tuple(settings["spec"]["fps_values"])})
-        owners = [(SOURCES.index(line["source"]), line["item"]) for line in map(json.loads, self.records)]
-        owners = np.array(owners).reshape(-1, 2)
-        self.rows = {source: np.flatnonzero(owners[:, 0] == s) for s, source in enumerate(SOURCES)}
-        self.owners = {source: owners[rows, 1] for source, rows in self.rows.items()}  # rising
+        starts = LINE_START.finditer(self.records.text)  # of millions of lines, which json would read for a minute
+        owners = np.fromiter(((SOURCES.index(start[1].decode()), int(start[2])) for start in starts),
+                             [("source", np.int8), ("item", np.int64)])
+        if len(owners) != len(self.records):
+            raise ValueError(f"{folder}/index.jsonl is damaged: encode again")
+        self.rows = {source: np.flatnonzero(owners["source"] == n) for n, source in enumerate(SOURCES)}
+        self.owners = {source: owners["item"][rows] for source, rows in self.rows.items()}  # in rising order
         self.empty_context = self.tensor("empty.safetensors", "context", 0) if self.text else None
 
     def tensor(self, shard: str, name: str, row: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ class EncodedClips:
         return int(self.owners[source][-1]) + 1 if len(self.owners[source]) else 0
 
     def lines(self, source: str, i: int) -> list[dict]:
-        """What the index has of an item."""
+        """What the index says of an item."""
         first, last = np.searchsorted(self.owners[source], [i, i + 1])
         return [json.loads(self.records[n]) for n in self.rows[source][first:last]]
 
@@ -58,9 +58,9 @@ class EncodedClips:
         return self.lines(source, i)[0]["path"]
 
     def sample(self, source: str, i: int, u: float, v: float) -> Sample:
-        """As LiveClips.sample: FPS values and k of an item stand in the order in which they are offered live."""
+        """The same sample as that of LiveClips: an item's lines stand in the order of its FPS values, then of k."""
         lines = self.lines(source, i)
-        repeats = min(len(lines), self.spec.repeats(source))  # of an item that offers nothing there is one line
+        repeats = min(len(lines), self.spec.repeats(source))  # an item that cannot be used has one line
         line = lines[int(u * (len(lines) // repeats)) * repeats + int(v * repeats)]
         if "bad" in line:
             raise Bad(line["bad"])
@@ -69,17 +69,15 @@ class EncodedClips:
                       tuple(map(tuple, line["skipped"])), context)
 
 
+def read_settings(folder: str) -> dict:
+    """The spec.json of a folder."""
+    try:
+        with open(os.path.join(folder, "spec.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a folder of encoded clips: {error}") from error
+
+
 def fingerprint(network) -> str:
-    """Of an autoencoder or a text tower, to tell one from another."""
+    """A text that tells one VAE or text tower from another."""
     return f"{sum(p.double().abs().sum().item() for p in network.parameters()):.6g}"
-
-
-def read_text(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
-def whole_lines(path: str) -> list[str]:
-    """Of a file of JSON lines that an interruption may have torn, or that is not there yet."""
-    lines = read_text(path).splitlines(keepends=True) if os.path.exists(path) else []
-    return [line for line in lines if line.endswith("\n")]

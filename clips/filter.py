@@ -1,15 +1,19 @@
-"""The CLIP filter (Equation 5).
+"""The CLIP filter (Equation 5): keep the clips of a list whose frames fit their caption best.
 
     python -m clips.filter LIST --keep 0.05
+    torchrun --nproc_per_node=8 -m clips.filter LIST          # each process scores its share, on a GPU of its own
+
+Writes the filtered list beside LIST, in the same form; also LIST.sheet.png with examples, and LIST.scores-*.jsonl, with
+which an interrupted call goes on, and which another --keep reads instead of scoring again.
 """
 
 import glob
+import itertools
 import json
 import logging
 import math
 import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,69 +23,31 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from cli import check_writable, one_line, option, parse, run, write_text
+from cli import beside, check_writable, one_line, option, parse, run, write_text
 from clips.decode import Bad, frames_at, opened
-from clips.encoded import whole_lines
+from clips.jobs import appending, in_threads
 from clips.lists import Items
 from clips.pictures import View, fit_frame, upright_size
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The CLIP filter (Equation 5)
-
+from sd.device import pick_device
 
 INVERSE_TEMPERATURE = 1 / 0.07  # the paper's ε
+BATCH = 16  # clips scored together
 
 
-class ClipScore:
-    """Score of a clip: the mean over frames of ε cos(image, caption); of several captions, their mean."""
-
-    def __init__(self, name: str, pretrained: str | None, device):
-        import open_clip  # seconds to import, and only needed here
-
-        logging.disable(logging.ERROR)  # it logs what it raises
-        try:
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(name, pretrained, device=device)
-            self.tokenize = open_clip.get_tokenizer(name)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"CLIP model {name} ({pretrained}) cannot be loaded: {one_line(error)}") from error
-        self.model.eval().requires_grad_(False)
-        self.device = device
-
-    def __call__(self, images: list[Image.Image], captions: tuple[str, ...]) -> float:
-        pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
-        image = self.model.encode_image(pixels, normalize=True)
-        text = self.model.encode_text(self.tokenize(list(captions)).to(self.device), normalize=True)
-        return INVERSE_TEMPERATURE * (image @ text.T).mean().item()
-
-
-def spaced_frames(path: str, count: int) -> list[Image.Image]:
-    """`count` upright pictures from the middles of as many equal parts of a video."""
-    with opened(path) as video:
-        frames = frames_at(video, [(n + 0.5) / count * video.duration for n in range(count)])
-        pictures = []
-        for frame in frames:
-            size = map(round, upright_size(frame, video.aspect))
-            pictures.append(Image.fromarray(fit_frame(frame, video.aspect, *size, View()).permute(1, 2, 0).numpy()))
-        return pictures
-
-
-def clip_filter(path: str, keep: float, model: str, pretrained: str | None, count: int):
-    """Score every clip of a list, and write the best share of it beside the list, in the list's own form.
-
-    Scores are kept as they come: an interrupted call goes on. Under torchrun every rank scores its share.
-    """
+def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int):
+    """Score the clips of a list by `count` frames each, and write a list of the best: `keep` is their share of all."""
     items, stem = Items("video", path), path.rstrip("/")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the others
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     by = f"{model}, {pretrained}, {count} frames, list of {len(items)}"  # scores by anything else do not count
-    scores = read_scores(stem, by)
-    left = [i for i in range(rank, len(items), world) if i not in scores]
+    known = read_scores(stem, by)
+    left = [i for i in range(rank, len(items), world) if i not in known]
     if left:
-        check_writable(f"{stem}.scores-{rank}.jsonl")
-        clip = ClipScore(model, pretrained, device)
-        score_items(items, left, clip, count, by, f"{stem}.scores-{rank}.jsonl", rank == 0)
+        out = f"{stem}.scores-{rank}.jsonl"
+        check_writable(out)
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        score_items(items, left, ClipScore(model, pretrained, device), count, by, out, show=rank == 0)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -89,62 +55,114 @@ def clip_filter(path: str, keep: float, model: str, pretrained: str | None, coun
         write_filtered(items, stem, read_scores(stem, by), keep, count)
 
 
-def score_items(items: Items, chosen: list[int], clip: ClipScore, count: int, by: str, out: str, show: bool):
-    """Append a line for each item: its score, or why there is none."""
+class ClipScore:
+    """Score of a clip: the mean over its frames, and over its captions, of ε cos(image, caption)."""
 
-    def load_item(i):
+    def __init__(self, name: str, pretrained: str | None, device):
+        import open_clip  # seconds to import, and only needed here
+
+        logging.disable(logging.ERROR)  # it logs what it raises
+        self.device, half = torch.device(device), torch.device(device).type == "cuda"
+        self.dtype, precision = (torch.float16, "fp16") if half else (torch.float32, "fp32")
+        try:
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                name, pretrained, device=self.device, precision=precision)
+            self.tokenize = open_clip.get_tokenizer(name)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"CLIP model {name} ({pretrained}) cannot be loaded: {one_line(error)}") from error
+        self.model.eval().requires_grad_(False)
+
+    def pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        """What the model sees of images (N, 3, H, W)."""
+        return torch.stack([self.preprocess(image) for image in images])
+
+    def scores(self, clips: list[tuple[torch.Tensor, tuple[str, ...]]]) -> list[float]:
+        """Scores of several clips at once, (pixels, captions) each."""
+        pixels = torch.cat([pixels for pixels, _ in clips]).to(self.device, self.dtype)
+        tokens = self.tokenize([caption for _, captions in clips for caption in captions]).to(self.device)
+        images = torch.cat([self.model.encode_image(part, normalize=True) for part in pixels.split(64)]).float().cpu()
+        texts = self.model.encode_text(tokens, normalize=True).float().cpu()
+        images = images.split([len(pixels) for pixels, _ in clips])
+        texts = texts.split([len(captions) for _, captions in clips])
+        return [INVERSE_TEMPERATURE * (image @ text.T).mean().item() for image, text in zip(images, texts)]
+
+    def __call__(self, images: list[Image.Image], captions: tuple[str, ...]) -> float:
+        """Score of one clip."""
+        return self.scores([(self.pixels(images), captions)])[0]
+
+
+def spaced_frames(path: str, count: int) -> list[Image.Image]:
+    """`count` upright pictures of a video, from the middles of as many equal parts of it. Raises Bad."""
+    with opened(path) as video:
+        pictures = []
+        for frame in frames_at(video, [(n + 0.5) / count * video.duration for n in range(count)]):
+            size = map(round, upright_size(frame, video.aspect))
+            pictures.append(Image.fromarray(fit_frame(frame, video.aspect, *size, View()).permute(1, 2, 0).numpy()))
+        return pictures
+
+
+def score_items(items: Items, chosen: list[int], clip: ClipScore, count: int, by: str, out: str, show: bool):
+    """Append a line to a file for each chosen item: its score, or why it has none."""
+
+    def load(i):
         try:
             item = items[i]
-            return item.captions, spaced_frames(item.path, count)
+            return clip.pixels(spaced_frames(item.path, count)), item.captions
         except Bad as bad:
             return bad
 
-    write_text(out, "".join(whole_lines(out)))
-    bar = tqdm(total=len(chosen), desc="score", unit="clip", disable=not show)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, open(out, "a", encoding="utf-8") as file:
-        for at in range(0, len(chosen), 64):
-            part = chosen[at : at + 64]
-            for i, loaded in zip(part, pool.map(load_item, part)):
-                found = {"bad": str(loaded)} if isinstance(loaded, Bad) else {"score": clip(loaded[1], loaded[0])}
-                file.write(json.dumps({"item": i, "by": by} | found) + "\n")
-                bar.update()
+    threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this machine's processes
+    with appending(out) as file, in_threads(load, chosen, threads) as loaded:
+        pairs = iter(zip(tqdm(chosen, "score", unit="clip", disable=not show), loaded))
+        while part := list(itertools.islice(pairs, BATCH)):
+            good = [clip for _, clip in part if not isinstance(clip, Bad)]
+            scores = iter(clip.scores(good) if good else ())
+            for i, found in part:
+                result = {"bad": str(found)} if isinstance(found, Bad) else {"score": next(scores)}
+                file.write(json.dumps({"item": i, "by": by} | result).encode() + b"\n")
             file.flush()
 
 
 def read_scores(stem: str, by: str) -> dict[int, dict]:
-    """item -> its line, of every rank's file."""
+    """item -> its line, from the files of all ranks."""
     found = {}
     for path in sorted(glob.glob(glob.escape(stem) + ".scores-*.jsonl")):
-        found |= {line["item"]: line for line in map(json.loads, whole_lines(path)) if line["by"] == by}
+        with open(path, encoding="utf-8") as file:
+            lines = (json.loads(line) for line in file if line.endswith("\n"))  # an interruption may have torn the last
+            found |= {line["item"]: line for line in lines if line["by"] == by}
     return found
 
 
-def write_filtered(items: Items, stem: str, scores: dict, keep: float, count: int):
-    """The filtered list, the histogram of the scores, and a sheet of what was kept and what was thrown away."""
+def write_filtered(items: Items, stem: str, scores: dict[int, dict], keep: float, count: int):
+    """Write the filtered list and a sheet of what was kept and what was not; print a histogram of the scores."""
     ranked = sorted((i for i in scores if "score" in scores[i]), key=lambda i: (-scores[i]["score"], i))
     if not ranked:
-        raise ValueError(f"no clip of {items.path} could be scored; the reasons are in {stem}.scores-*.jsonl")
+        raise ValueError(f"no clip of {items.path} could be scored: the reasons are in {stem}.scores-*.jsonl")
     kept = ranked[: max(1, round(keep * len(items)))]
-    header = [items.records[0]] if items.csv else []
+    threshold = scores[kept[-1]]["score"]
+
     name = os.path.splitext(os.path.basename(stem))[0] + ".filtered" + (".csv" if items.csv else ".jsonl")
     out = os.path.join(items.folder, name)  # where relative paths resolve as before
-    write_text(out, "".join(text.rstrip("\r\n") + "\n" for text in header + [items.record(i) for i in sorted(kept)]))
-    values = np.array([scores[i]["score"] for i in ranked])
-    for low, n in zip(np.histogram(values, 20)[1], np.histogram(values, 20)[0]):
-        mark = "  <- kept from here on" if low <= values[len(kept) - 1] < low + np.ptp(values) / 20 else ""
-        print(f"{low:8.3f} {n:8d}  {'#' * math.ceil(50 * n / len(values))}{mark}")
+    lines = [items.records[0]] if items.csv else []
+    lines += [items.record(i) for i in sorted(kept)]
+    write_text(out, "".join(line.rstrip("\r\n") + "\n" for line in lines))
+
+    counts, edges = np.histogram([scores[i]["score"] for i in ranked], 20)
+    marked = np.searchsorted(edges[1:-1], threshold, side="right")  # the bin of the threshold
+    for n, count_in_bin in enumerate(counts):
+        bar = "#" * math.ceil(50 * count_in_bin / len(ranked))
+        print(f"{edges[n]:8.3f} {count_in_bin:8d}  {bar}{'  <- kept from here on' if n == marked else ''}")
     edge = len(kept)
-    rows = [*ranked[:4], *ranked[max(4, edge - 2) : edge + 2], *ranked[max(4, edge + 2, len(ranked) - 4) :]]
-    write_sheet(stem + ".sheet.png", items, rows, scores, count)
-    bad = Counter(line["bad"] for line in scores.values() if "bad" in line)
-    print(f"{len(kept)} of {len(items)} clips kept, scores from {values[edge - 1]:.3f} on: {out}")
+    shown = [*ranked[:4], *ranked[max(4, edge - 2) : edge + 2], *ranked[max(4, edge + 2, len(ranked) - 4) :]]
+    write_sheet(stem + ".sheet.png", items, shown, scores, count)
+    print(f"{len(kept)} of {len(items)} clips kept, scores from {threshold:.3f} on: {out}")
     print(f"the best, those at the threshold, and the worst: {stem}.sheet.png")
-    for reason, n in bad.most_common():
+    for reason, n in Counter(line["bad"] for line in scores.values() if "bad" in line).most_common():
         print(f"{n:8d} not scored: {reason}")
 
 
-def write_sheet(path: str, items: Items, chosen: list[int], scores: dict, count: int, side=128):
-    """A row a clip: its frames, and under them score and caption."""
+def write_sheet(path: str, items: Items, chosen: list[int], scores: dict[int, dict], count: int, side=128):
+    """An image with a row for each clip: its frames, and below them its score and caption."""
     sheet = Image.new("RGB", (count * side, len(chosen) * (side + 16)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, i in enumerate(chosen):
@@ -152,16 +170,17 @@ def write_sheet(path: str, items: Items, chosen: list[int], scores: dict, count:
         for n, picture in enumerate(spaced_frames(item.path, count)):
             sheet.paste(ImageOps.pad(picture, (side, side)), (n * side, top))
         draw.text((2, top + side + 2), f"{scores[i]['score']:.2f}  {item.captions[0]}"[:200], fill="black")
-    sheet.save(path)
+    with beside(path) as part:
+        sheet.save(part, "PNG")
 
 
 @dataclass
 class Options:
-    list: str = option(None, "clips with captions", positional=True)
-    keep: float = option(0.05, "share that is kept", above=0, high=1)
-    model: str = option("ViT-H-14", "of open_clip")
-    pretrained: str = option("laion2b_s32b_b79k", "open_clip's name of the weights, or a file")
-    frames: int = option(4, "scored per clip", low=1)
+    list: str = option(None, "list of clips with captions", positional=True)
+    keep: float = option(0.05, "share of the clips to keep", above=0, high=1)
+    model: str = option("ViT-H-14", "CLIP model, by its name in open_clip")
+    pretrained: str = option("laion2b_s32b_b79k", "its weights, by their name in open_clip, or a file")
+    frames: int = option(4, "frames of a clip that are scored", low=1)
 
 
 def main():

@@ -1,9 +1,15 @@
-"""Lists of clips, labels and captioned images: CSV, JSON lines, MSR-VTT's json, folders."""
+"""Lists of clips, of labels and of captioned images.
+
+A list of clips or captioned images is a CSV file (WebVid's, or with the columns path and caption), JSON lines
+({"path": ..., "caption": ...}), MSR-VTT's json, or a folder of `name.mp4` + `name.txt`. A list of labels is a folder
+with a folder of images for each label, or a file of such folders and their names. A list may have millions of lines:
+only their places are kept in memory, and an item is parsed when it is asked for.
+"""
 
 import csv
-import io
 import json
 import os
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,36 +17,165 @@ import numpy as np
 from clips.decode import VIDEO_ENDINGS, Bad
 from clips.pictures import IMAGE_ENDINGS
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lists
-
 
 @dataclass(frozen=True)
 class Item:
-    captions: tuple[str, ...]  # one is drawn
+    captions: tuple[str, ...]  # one is drawn for each sample
     path: str  # a file, or the folder of a label
 
 
-class Records:
-    """The records of a text, found once and read when asked for: of a million only the places are kept, 16 MB.
+class Items:
+    """The items of one source: `items[i]` is an Item, or raises Bad.
 
-    path    the file, mapped and never copied, not even into worker processes; or
-    text    the text itself, as bytes
-    quoted  CSV: a newline inside quotes ends no record
+    Relative paths start at the list's own folder. Raises ValueError when the list cannot be read, is empty, or its
+    first item is not of a known form.
     """
 
-    def __init__(self, path: str, text: bytes | None = None, quoted=False):
-        self.path, self.text = path, text
-        if text is None:
-            self.text = np.memmap(path, np.uint8, "r") if os.path.getsize(path) else b""
-        self.spans = record_spans(np.frombuffer(self.text, np.uint8), quoted)
+    def __init__(self, source: str, path: str):
+        self.source, self.path = source, path
+        self.folder = path if os.path.isdir(path) else os.path.dirname(path)
+        self.csv = path.endswith(".csv") and os.path.isfile(path)
+        try:
+            self.records = Records(path, generated_lines(source, path), self.csv)
+            self.first = 1 if self.csv else 0  # item 0 comes after the header
+            if not len(self):
+                raise ValueError(f"{source} list {path} is empty")
+            self.header = csv_row(self.records[0]) if self.csv else None
+            self.file(self.fields(0))
+        except OSError as error:
+            raise ValueError(f"{source} list {path} cannot be read: {error.strerror or error}") from error
+        except (Bad, csv.Error, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{source} list {path} is not of a known form: {error}") from error
+
+    def __len__(self):
+        return max(0, len(self.records) - self.first)
+
+    def __getitem__(self, i: int) -> Item:
+        fields = self.fields(i)
+        path = self.file(fields)
+        captions = next((fields[name] for name in ("caption", "prompt", "name") if fields.get(name)), None)
+        captions = captions or text_beside(path)
+        captions = [captions] if isinstance(captions, str) else captions
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise Bad("its caption is not text")
+        captions = tuple(" ".join(caption.split()) for caption in captions if caption.strip())
+        if not captions:
+            raise Bad("no caption")
+        return Item(captions, path)
+
+    def name(self, i: int) -> str:
+        """What to call an item in a message: its file, or its number where the list names no file."""
+        try:
+            return self.file(self.fields(i))
+        except Bad:
+            return f"{self.path}, item {i}"
+
+    def record(self, i: int) -> str:
+        """The text of an item, as it stands in the list."""
+        return self.records[self.first + i]
+
+    def fields(self, i: int) -> dict:
+        """The columns of an item's row, or its JSON object."""
+        try:
+            row = csv_row(self.record(i)) if self.csv else json.loads(self.record(i))
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise Bad("not a line of " + ("CSV" if self.csv else "JSON")) from error
+        if not self.csv and not isinstance(row, dict):
+            raise Bad("not a JSON object")
+        if self.csv and len(row) != len(self.header):
+            raise Bad("more or fewer columns than the header: is a comma not in quotes?")
+        return dict(zip(self.header, row)) if self.csv else row
+
+    def file(self, fields: dict) -> str:
+        """Where the file of an item lies, or should lie when it is missing."""
+        if "videoid" in fields:  # WebVid, MSR-VTT: in a folder `page_dir` or without it, in videos/ or beside the list
+            name, page = f"{fields['videoid']}.mp4", str(fields.get("page_dir") or "")
+            places = [os.path.join(self.folder, videos, sub, name) for sub in (page, "") for videos in ("videos", "")]
+            return next(filter(os.path.exists, places), places[0])
+        name = fields.get("path") or fields.get("img_path")
+        if not isinstance(name, str):
+            raise Bad("it has no path, img_path or videoid")
+        return os.path.join(self.folder, name)
+
+
+def text_beside(path: str) -> str:
+    """The text in clip.txt beside clip.mp4, "" where there is none."""
+    path = os.path.splitext(path)[0] + ".txt"
+    if not os.path.isfile(path):
+        return ""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError as error:
+        raise Bad("its caption cannot be read") from error
+
+
+def image_names(folder: str) -> list[str]:
+    """The images of a label."""
+    try:
+        return sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS))
+    except (OSError, ValueError) as error:  # ValueError: no folder can have such a name
+        raise Bad("not a folder that can be read") from error
+
+
+def generated_lines(source: str, path: str) -> bytes | None:
+    """JSON lines for a folder, a file of label names, or MSR-VTT's json; None for a file that has lines of its own."""
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            if source == "label":
+                names = sorted(entry.name for entry in entries if entry.is_dir())
+                lines = [{"path": name, "caption": name.replace("_", " ")} for name in names]
+            else:
+                endings = VIDEO_ENDINGS if source == "video" else IMAGE_ENDINGS
+                names = sorted(entry.name for entry in entries if entry.name.lower().endswith(endings))
+                lines = [{"path": name} for name in names]
+    elif source == "label":  # "n01440764 tench, Tinca tinca"
+        with open(path, encoding="utf-8") as file:
+            pairs = [line.strip().partition(" ") for line in file if line.strip()]
+        lines = [{"path": folder, "caption": [name.strip() for name in names.split(",")]} for folder, _, names in pairs]
+    elif path.endswith(".json"):  # MSR-VTT
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        captions = {video["video_id"]: [] for video in data["videos"]}
+        for sentence in data["sentences"]:
+            captions.get(sentence["video_id"], []).append(sentence["caption"])  # some belong to videos of another split
+        lines = [{"videoid": video, "caption": texts} for video, texts in captions.items()]
+    else:
+        return None
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records of a large text
+
+
+class Records:
+    """The lines of a text, or the rows of a CSV file, without blank ones: `records[i]` is the text of one.
+
+    A record is read when it is asked for; of each is kept where it begins and ends, in 16 bytes.
+
+    path  the file: mapped and never copied, not even into worker processes; or
+    text  the text itself
+    rows  whether it is CSV, where a row may have several lines
+    """
+
+    def __init__(self, path: str, text: bytes | None = None, rows=False):
+        self.path = path
+        if text is None and os.path.getsize(path):
+            self.text = np.memmap(path, np.uint8, "r")
+        else:
+            self.text = np.frombuffer(text or b"", np.uint8)
+        bounds = np.insert(row_ends(path) if rows else line_ends(self.text), 0, 0)
+        self.spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
+        short = np.flatnonzero(np.diff(bounds) <= 2)  # "\r\n" has two characters
+        self.spans = np.delete(self.spans, [i for i in short if not self[i].strip()], axis=0)
 
     def __len__(self):
         return len(self.spans)
 
     def __getitem__(self, i: int) -> str:
         first, last = self.spans[i]
-        return bytes(self.text[first:last]).decode("utf-8-sig", errors="replace")
+        return self.text[first:last].tobytes().decode("utf-8-sig", errors="replace")
 
     def __getstate__(self):
         return self.__dict__ | ({"text": None} if isinstance(self.text, np.memmap) else {})
@@ -51,129 +186,31 @@ class Records:
             self.text = np.memmap(self.path, np.uint8, "r")
 
 
-def record_spans(text, quoted: bool, chunk=1 << 24) -> np.ndarray:
-    """First byte and end of every record of a text (N, 2): its lines, without the blank ones.
-
-    quoted  a newline inside quotes ends no record (CSV)
-    """
-    ends, inside = [np.zeros(1, np.int64)], 0
-    for at in range(0, len(text), chunk):
-        part = text[at : at + chunk]
-        ending = part == ord("\n")
-        if quoted:
-            quotes = np.cumsum(part == ord('"'), dtype=np.uint8) + np.uint8(inside)  # wraps around, stays even or odd
-            ending &= quotes % 2 == 0
-            inside = quotes[-1] % 2
-        ends.append(np.flatnonzero(ending) + at + 1)
-    ends = np.concatenate([*ends, [len(text)]])
-    spans = np.stack([ends[:-1], ends[1:]], axis=1)
-    return spans[spans[:, 1] - spans[:, 0] > 2]  # "\r\n" is blank
+def line_ends(text: np.ndarray, chunk=1 << 24) -> np.ndarray:
+    """The byte behind each line."""
+    ends = [np.flatnonzero(text[at : at + chunk] == ord("\n")) + at + 1 for at in range(0, len(text), chunk)]
+    return np.concatenate([*ends, [len(text)]])
 
 
-class Items:
-    """The items of one source, each parsed when it is asked for: `items[i]` -> Item, or Bad.
+def row_ends(path: str) -> np.ndarray:
+    """The byte behind each row of a CSV file, where Python's csv module says that it ends."""
+    at, ends = 0, array("q")
 
-    Relative paths resolve against the list's own folder. Raises ValueError when the list cannot be read, is empty, or
-    its first item is not of a known form.
-    """
+    def lines():
+        nonlocal at
+        for line in file:
+            at += len(line)
+            yield line
 
-    def __init__(self, source: str, path: str):
-        self.source, self.path = source, path
-        self.folder = path if os.path.isdir(path) else os.path.dirname(path)
-        self.csv = path.endswith(".csv") and os.path.isfile(path)
+    with open(path, encoding="latin-1", newline="") as file:  # which has one character for each byte
+        rows = csv.reader(lines())
         try:
-            self.records = Records(path, generated_lines(source, path), quoted=self.csv)
-            self.first = 1 if self.csv else 0  # the header
-            self.header = next(csv.reader([self.records[0]])) if self.csv and len(self.records) else None
-            if not len(self):
-                raise ValueError(f"{source} list {path} is empty")
-            self.file(self.fields(0))
-        except OSError as error:
-            raise ValueError(f"{source} list {path} cannot be read: {error.strerror or error}") from error
-        except (Bad, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{source} list {path} is not of a known form: {error}") from error
-
-    def __len__(self):
-        return max(0, len(self.records) - self.first)
-
-    def record(self, i: int) -> str:
-        """The text of an item, as it stands in the list."""
-        return self.records[self.first + i]
-
-    def fields(self, i: int) -> dict:
-        text = self.record(i)
-        try:
-            if self.csv:
-                return dict(zip(self.header, next(csv.reader(io.StringIO(text, newline="")))))
-            fields = json.loads(text)
-        except (ValueError, csv.Error) as error:
-            raise Bad("not a line of " + ("CSV" if self.csv else "JSON")) from error
-        if not isinstance(fields, dict):
-            raise Bad("not a JSON object")
-        return fields
-
-    def file(self, fields: dict) -> str:
-        """Where the file of an item lies; where it should, when it is missing."""
-        name, page = fields.get("path") or fields.get("img_path"), ""
-        if "videoid" in fields:  # WebVid: under its page or flat, beside the list or in videos/
-            name, page = f"{fields['videoid']}.mp4", str(fields.get("page_dir") or "")
-        if not isinstance(name, str):
-            raise Bad("it has no path, img_path or videoid")
-        places = [os.path.join(self.folder, name)]
-        if "videoid" in fields:
-            places = [os.path.join(self.folder, videos, sub, name) for sub in (page, "") for videos in ("videos", "")]
-        return next(filter(os.path.exists, places), places[0])
-
-    def __getitem__(self, i: int) -> Item:
-        fields = self.fields(i)
-        path = self.file(fields)
-        captions = next((fields[name] for name in ("caption", "prompt", "name") if fields.get(name)), [])
-        captions = [captions] if isinstance(captions, str) else captions
-        beside = os.path.splitext(path)[0] + ".txt"
-        if not captions and os.path.isfile(beside):
-            with open(beside, encoding="utf-8", errors="replace") as file:
-                captions = [file.read()]
-        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise Bad("its caption is not text")
-        captions = tuple(" ".join(caption.split()) for caption in captions if caption.strip())
-        if not captions:
-            raise Bad("no caption")
-        return Item(captions, path)
-
-    def name(self, i: int) -> str:
-        """What to call an item in a message: its file, where it has one."""
-        try:
-            return self.file(self.fields(i))
-        except Bad:
-            return f"{self.path}, item {i}"
+            for _ in rows:
+                ends.append(at)
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num}: {error}") from error
+    return np.array(ends)
 
 
-def generated_lines(source: str, path: str) -> bytes | None:
-    """The JSON lines that a folder, a file of label names or MSR-VTT's json stands for; None: it has lines itself."""
-    if os.path.isdir(path):
-        endings = None if source == "label" else VIDEO_ENDINGS if source == "video" else IMAGE_ENDINGS
-        with os.scandir(path) as entries:
-            names = sorted(e.name for e in entries if
-                           (e.is_dir() if endings is None else e.name.lower().endswith(endings)))
-        lines = [{"path": name} | ({"caption": name.replace("_", " ")} if source == "label" else {}) for name in names]
-    elif source == "label":  # "n01440764 tench, Tinca tinca"
-        with open(path, encoding="utf-8") as file:
-            pairs = [line.strip().partition(" ") for line in file if line.strip()]
-        lines = [{"path": folder, "caption": [name.strip() for name in names.split(",")]} for folder, _, names in pairs]
-    elif path.endswith(".json"):  # MSR-VTT
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-        captions = {video["video_id"]: [] for video in data["videos"]}
-        for sentence in data["sentences"]:
-            captions.get(sentence["video_id"], []).append(sentence["caption"])  # of another split: not listed
-        lines = [{"videoid": video, "caption": texts} for video, texts in captions.items()]
-    else:
-        return None
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
-
-
-def image_names(folder: str) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS))
-    except (OSError, ValueError) as error:  # ValueError: no folder can have such a name
-        raise Bad("not a folder that can be read") from error
+def csv_row(text: str) -> list[str]:
+    return next(csv.reader([text]))

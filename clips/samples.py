@@ -1,4 +1,12 @@
-"""Samples: what training sees of an item (Equation 6)."""
+"""Samples: what training sees of an item, T frames of one size with a caption and an FPS (Equation 6).
+
+    video     frames of a clip, chosen by presentation time      FPS 1..60
+    label     T different images of one label                    FPS 0
+    caption   one image, which training repeats T times          FPS 120
+
+An item has as many samples as it offers FPS values, times `Spec.starts` or `Spec.draws`; (fps, k) says which. Every
+random choice of a sample is a function of (seed, source, item, fps, k), so that it is the same live and encoded ahead.
+"""
 
 import os
 import re
@@ -12,41 +20,27 @@ from clips.decode import VIDEO_FPS, Bad, Video, frames_at, opened, usable_fps
 from clips.lists import Item, Items, image_names
 from clips.pictures import View, fit_frame, fit_image
 
-LABEL_FPS, CAPTION_FPS = 0, 120
-
-
 SOURCES = ("video", "label", "caption")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples
+LABEL_FPS, CAPTION_FPS = 0, 120
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a sample is made of, beside its item. With (source, item, fps, k) it says every pixel of it."""
+    """What a sample is made of, beside its item. With (source, item, fps, k) it determines every pixel of it."""
 
     frames: int
     width: int
     height: int
     fps_values: tuple = VIDEO_FPS
-    starts: int = 1  # different starts a clip and FPS
-    draws: int = 1  # different sets of images a label
-    random_crop: bool = False  # else from the middle
-    flip: bool = False  # left and right, half of the time, where the caption cannot mention a side
+    starts: int = 1  # samples of a clip at each FPS, from different places in it
+    draws: int = 1  # samples of a label, of different images
+    random_crop: bool = False  # instead of the middle
+    flip: bool = False  # mirror half of the samples, but never one whose caption may mention a side
     seed: int = 0
 
     def repeats(self, source: str) -> int:
+        """How many samples an item has at each FPS."""
         return {"video": self.starts, "label": self.draws, "caption": 1}[source]
-
-
-SIDES = re.compile(r"\b(left|right|east|west|(counter-?|anti-?)?clockwise|text|letter|word|sign)", re.IGNORECASE)
-
-
-def draw_view(caption: str, spec: Spec, rng) -> View:
-    left, top, mirror = rng.random(3)
-    mirror = spec.flip and mirror < 0.5 and not SIDES.search(caption)
-    return View(left, top, mirror) if spec.random_crop else View(mirror=mirror)
 
 
 @dataclass
@@ -56,28 +50,41 @@ class Sample:
     fps: int
     k: int
     skipped: tuple = ()  # (path, reason) of images of a label that could not be read
-    context: torch.Tensor | None = None  # (L, D), encoded ahead
+    context: torch.Tensor | None = None  # (L, D), when encoded ahead
 
 
-def read_sample(source: str, i: int, item: Item, spec: Spec, choose) -> Sample:
-    """One sample of an item; choose(FPS values that the item offers) -> (fps, k). Raises Bad.
+class LiveClips:
+    """Samples that are decoded when they are asked for; the training process makes latents of them.
 
-    Caption, view and start are a function of (seed, source, item, fps, k): the same live and encoded ahead.
+    lists  source -> list
     """
-    with opened(item.path) if source == "video" else nullcontext() as video:
-        fps, k = choose(offered_fps(source, video, spec))
-        rng = np.random.default_rng([spec.seed, SOURCES.index(source), i, fps, k])
-        caption, skipped = item.captions[rng.integers(len(item.captions))], ()
-        if source == "label":
-            frames, skipped = label_images(item.path, caption, spec, rng)
-        elif source == "caption":
-            frames = fit_image(item.path, spec.width, spec.height, draw_view(caption, spec, rng))[None]
-        else:
-            frames = clip_frames(video, fps, caption, spec, rng)
-    return Sample(frames, caption, fps, k, skipped)
+
+    def __init__(self, lists: dict[str, str], spec: Spec):
+        self.items = {source: Items(source, path) for source, path in lists.items()}
+        self.spec, self.empty_context = spec, None
+
+    def count(self, source: str) -> int:
+        return len(self.items.get(source, ()))
+
+    def name(self, source: str, i: int) -> str:
+        return self.items[source].name(i)
+
+    def sample(self, source: str, i: int, u: float, v: float) -> Sample:
+        """The sample of item i that two numbers in [0, 1) choose: u its FPS, v its k. Raises Bad."""
+        item = self.items[source][i]
+        with video_of(source, item) as video:
+            offered = offered_fps(source, video, self.spec)
+            fps, k = offered[int(u * len(offered))], int(v * self.spec.repeats(source))
+            return read_sample(source, i, item, video, self.spec, fps, k)
+
+
+def video_of(source: str, item: Item):
+    """Context manager: open the video of an item; None where it has images."""
+    return opened(item.path) if source == "video" else nullcontext()
 
 
 def offered_fps(source: str, video: Video | None, spec: Spec) -> list[int]:
+    """The FPS values of an item's samples. Raises Bad when there is none."""
     if source != "video":
         return [LABEL_FPS if source == "label" else CAPTION_FPS]
     offered = usable_fps(video.rate, video.duration, spec.frames, spec.fps_values)
@@ -86,17 +93,30 @@ def offered_fps(source: str, video: Video | None, spec: Spec) -> list[int]:
     return offered
 
 
+def read_sample(source: str, i: int, item: Item, video: Video | None, spec: Spec, fps: int, k: int) -> Sample:
+    """The k-th sample of item i at an FPS, from its open video or its images. Raises Bad."""
+    rng = np.random.default_rng([spec.seed, SOURCES.index(source), i, fps, k])
+    caption, skipped = item.captions[rng.integers(len(item.captions))], ()
+    if source == "video":
+        frames = clip_frames(video, fps, caption, spec, rng)
+    elif source == "label":
+        frames, skipped = label_images(item.path, caption, spec, rng)
+    else:
+        frames = fit_image(item.path, spec.width, spec.height, draw_view(caption, spec, rng))[None]
+    return Sample(frames, caption, fps, k, skipped)
+
+
 def clip_frames(video: Video, fps: int, caption: str, spec: Spec, rng) -> torch.Tensor:
-    """T frames from a random start (T, 3, H, W), all of one view."""
+    """T frames from a random start (T, 3, H, W), all of them in the same view."""
     view = draw_view(caption, spec, rng)
     start = rng.uniform(0, video.duration - (spec.frames - 1) / fps)
     frames = frames_at(video, [start + t / fps for t in range(spec.frames)])
-    fitted = {id(f): fit_frame(f, video.aspect, spec.width, spec.height, view) for f in frames}  # some stay longer
+    fitted = {id(f): fit_frame(f, video.aspect, spec.width, spec.height, view) for f in frames}  # some appear twice
     return torch.stack([fitted[id(f)] for f in frames])
 
 
-def label_images(folder: str, caption: str, spec: Spec, rng):
-    """T different images of a folder (T, 3, H, W), with repeats only where there are too few; and those passed over."""
+def label_images(folder: str, caption: str, spec: Spec, rng) -> tuple[torch.Tensor, tuple]:
+    """T different images of a folder (T, 3, H, W), repeated only when there are too few; and what had to be skipped."""
     names, images, skipped = image_names(folder), [], []
     for j in rng.permutation(len(names)):
         path = os.path.join(folder, names[j])
@@ -111,23 +131,11 @@ def label_images(folder: str, caption: str, spec: Spec, rng):
     return torch.stack([images[t % len(images)] for t in range(spec.frames)]), tuple(skipped)
 
 
-class LiveClips:
-    """Samples decoded when they are asked for; the VAE makes latents of them in the training process."""
+SIDES = re.compile(r"\b(left|right|east|west|(counter-?|anti-?)?clockwise|text|letter|word|sign)", re.IGNORECASE)
 
-    def __init__(self, lists: dict[str, str], spec: Spec):
-        self.items = {source: Items(source, path) for source, path in lists.items()}
-        self.spec, self.empty_context = spec, None
 
-    def count(self, source: str) -> int:
-        return len(self.items.get(source, ()))
-
-    def name(self, source: str, i: int) -> str:
-        return self.items[source].name(i)
-
-    def sample(self, source: str, i: int, u: float, v: float) -> Sample:
-        """The sample of item i that the numbers u and v in 0..1 choose: its FPS and its k."""
-
-        def choose(offered):
-            return offered[int(u * len(offered))], int(v * self.spec.repeats(source))
-
-        return read_sample(source, i, self.items[source][i], self.spec, choose)
+def draw_view(caption: str, spec: Spec, rng) -> View:
+    """A view at random, as far as the spec allows."""
+    left, top, mirror = rng.random(3)
+    mirror = spec.flip and mirror < 0.5 and not SIDES.search(caption)
+    return View(left, top, mirror) if spec.random_crop else View(mirror=mirror)

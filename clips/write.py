@@ -1,4 +1,4 @@
-"""Frames -> a file: .mp4 (H.264), .gif, or .png (contact sheet)."""
+"""Frames -> a file: .mp4 (H.264), .gif or .png (contact sheet); and free names for files to come."""
 
 import itertools
 import json
@@ -15,31 +15,14 @@ from cli import beside
 from grid import largest_factor
 
 
-def playback_fps(fps: float) -> float:
-    """The condition 1..60 is also the speed to play at; 0 (unrelated frames) and 120 (a still) play at 8."""
-    return fps if 1 <= fps <= 60 else 8
+def write_video(path: str, video: np.ndarray, fps: float, metadata: dict):
+    """Write uint8 frames (T, H, W, 3) as .mp4, .gif or .png, with the metadata as a JSON comment.
 
-
-def contact_sheet(video, gap=2):
-    """All frames of a video (T, H, W, 3) beside each other in reading order -> uint8 (H', W', 3)."""
-    T, H, W, _ = video.shape
-    rows = largest_factor(T)
-    cols = T // rows
-    sheet = np.full((rows * (H + gap) - gap, cols * (W + gap) - gap, 3), 255, np.uint8)
-    for t, frame in enumerate(video):
-        y, x = t // cols * (H + gap), t % cols * (W + gap)
-        sheet[y : y + H, x : x + W] = frame
-    return sheet
-
-
-def write_video(path: str, video, fps: float, metadata: dict):
-    """Write a video, uint8 (T, H, W, 3), as .mp4, .gif or .png (contact sheet), with the metadata as its comment.
-
-    Written beside and renamed into place. Raises ValueError on another ending, OSError when it cannot be written.
+    Raises ValueError on another ending, OSError when the file cannot be written; it is never half there.
     """
     kind = os.path.splitext(path)[1].lower()
     if kind not in WRITERS:
-        raise ValueError(f"{path} must end in {', '.join(WRITERS)}")
+        raise ValueError(f"the name of a video must end in {', '.join(WRITERS)}, got {path}")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with beside(path) as part:
         WRITERS[kind](part, video, fps, json.dumps(metadata, ensure_ascii=False))
@@ -59,7 +42,7 @@ def write_mp4(path, video, fps, comment):
 
 def write_gif(path, video, fps, comment):
     images = [Image.fromarray(frame) for frame in video]
-    # in hundredths of a second, of which browsers want two: rounded so that no error adds up, and 50 FPS at most
+    # GIF counts in hundredths of a second, and browsers want two at least: 50 FPS at most, rounded without drift
     ends = np.round(np.arange(len(video) + 1) * 100 / min(fps, 50)).astype(int)
     images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=(10 * np.diff(ends)).tolist(), loop=0,
                    comment=comment)
@@ -73,38 +56,69 @@ def write_png(path, video, fps, comment):
 
 WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}
 
+
+def playback_fps(fps: float) -> float:
+    """Frames a second to play a video at: the FPS it was made for, but 8 for unrelated frames (0) and a still (120)."""
+    return fps if 1 <= fps <= 60 else 8
+
+
+def contact_sheet(video: np.ndarray, cols: int | None = None, gap=2) -> np.ndarray:
+    """All frames of a video (T, H, W, 3) in reading order, `cols` of them beside each other -> uint8 (H', W', 3).
+
+    By default the sheet is as square as T allows.
+    """
+    T, H, W, _ = video.shape
+    cols = cols or T // largest_factor(T)
+    rows = T // cols
+    sheet = np.full((rows * (H + gap) - gap, cols * (W + gap) - gap, 3), 255, np.uint8)
+    for t, frame in enumerate(video):
+        y, x = t // cols * (H + gap), t % cols * (W + gap)
+        sheet[y : y + H, x : x + W] = frame
+    return sheet
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Names of files to come
 
 
-def claim_paths(out: str, videos, still: bool) -> list[str]:
-    """A path for each video, (prompt, seed). None of them exists, and the `.part` beside each keeps others away.
+def claim_paths(out: str, videos: list[tuple[str, int]], still: bool) -> list[str]:
+    """Choose a free path for each video, a (prompt, seed), and keep other processes off it until `release`.
 
-    Raises ValueError or OSError when one is there already, or cannot be written.
+    out  a folder; or the name of a file, which gets numbers where there are several videos
+
+    Raises ValueError or OSError when a file is there already or cannot be written.
     """
     stem, kind = os.path.splitext(out)
     if kind and kind.lower() not in WRITERS:
-        raise ValueError(f"out must end in {', '.join(WRITERS)}, or be a folder, got {out!r}")
-    claimed, digits = [], max(3, len(str(len(videos) - 1)))  # sorted by name they are in the order of the prompts
+        raise ValueError(f"out must be a folder, or end in {', '.join(WRITERS)}, got {out!r}")
+    digits = max(3, len(str(len(videos) - 1)))  # sorted by name, files are in the order of the prompts
+    claimed = []
     try:
         for n, (prompt, seed) in enumerate(videos):
-            name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "video"
-            path = os.path.join(out, f"{name}-seed{seed}{'.png' if still else '.mp4'}")
             if kind:
-                path = out if len(videos) == 1 else f"{stem}-{n:0{digits}d}{kind}"
-            numbered = itertools.chain([path], (f"-{n}".join(os.path.splitext(path)) for n in itertools.count(2)))
-            free = next((p for p in ([path] if kind else numbered) if claim(p)), None)
-            if not free:
-                raise ValueError(f"{path} is there already, or is being written: choose another out, or remove it")
-            claimed.append(free)
+                names = [out if len(videos) == 1 else f"{stem}-{n:0{digits}d}{kind}"]
+            else:
+                slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "video"
+                names = numbered(os.path.join(out, f"{slug}-seed{seed}"), ".png" if still else ".mp4")
+            path = next(filter(claim, names), None)
+            if not path:
+                raise ValueError(f"{names[0]} is there already, or is being written: choose another out, or remove it")
+            claimed.append(path)
     except BaseException:
         release(claimed)
         raise
     return claimed
 
 
+def numbered(stem: str, kind: str):
+    """Yield a.mp4, a-2.mp4, a-3.mp4, ..."""
+    yield stem + kind
+    for n in itertools.count(2):
+        yield f"{stem}-{n}{kind}"
+
+
 def claim(path: str) -> bool:
-    """Whether a path was free, and is ours now: `.part` beside it is what cli.beside writes to and renames."""
+    """Take a path, unless it is taken: by a file, or by the `.part` beside it, which is what cli.beside writes to."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         os.close(os.open(f"{path}.part", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -116,7 +130,8 @@ def claim(path: str) -> bool:
     return True
 
 
-def release(paths):
+def release(paths: list[str]):
+    """Give claimed paths back; a file that was written there stays."""
     for path in paths:
         with suppress(FileNotFoundError):
             os.remove(f"{path}.part")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from clips.decode import Bad
 from clips.lists import Items
-from clips.samples import Spec, read_sample
+from clips.samples import Spec, offered_fps, read_sample, video_of
 from data import generator
 from sample import to_uint8
 from sd import Model
@@ -109,7 +109,10 @@ def frame_pool(lists: dict[str, str], count: int, size, seed=0, which=slice(None
         spec = Spec(min(each, 4) if source == "video" else each, *size, fps_values=(1,), seed=seed)
         for i in tqdm(rng.permutation(chosen)[: math.ceil(count / len(lists))], desc=f"frames of {source}"):
             try:
-                pool.append(read_sample(source, i, items[i], spec, lambda offered: (offered[0], 0)).data)
+                item = items[i]
+                with video_of(source, item) as video:
+                    fps = offered_fps(source, video, spec)[0]
+                    pool.append(read_sample(source, i, item, video, spec, fps, 0).data)
             except Bad as bad:
                 print(f"skipped {source} {items.name(i)}: {bad}", file=sys.stderr, flush=True)
     if not pool:

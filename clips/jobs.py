@@ -1,0 +1,57 @@
+"""What the commands of this folder share: work in threads, and files of JSON lines that outlive an interruption."""
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+try:
+    import fcntl
+except ImportError:  # on Windows nothing is locked
+    fcntl = None
+
+
+@contextmanager
+def in_threads(work, chosen, threads: int | None = None, ahead=64):
+    """Context manager: an iterator over work(i) for each i of `chosen`, in order, computed by threads.
+
+    Left early, by Ctrl-C or an error, it waits for what is being computed and for nothing else.
+
+    threads  default: as many as there are cores
+    ahead    how many to begin before they are asked for
+    """
+    pool = ThreadPoolExecutor(threads or os.cpu_count())
+    try:
+        yield results(pool, work, chosen, ahead)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def results(pool: ThreadPoolExecutor, work, chosen, ahead: int):
+    waiting = deque()
+    for i in chosen:
+        waiting.append(pool.submit(work, i))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@contextmanager
+def appending(path: str):
+    """Context manager: open a file of JSON lines, in binary, to read it and to append to it, alone.
+
+    A last line that an interruption tore is cut off. Raises ValueError while another process has the file.
+    """
+    with open(path, "a+b") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{path} is being written by another process: wait for it, or stop it") from error
+        except OSError:
+            pass  # some network file systems have no locks
+        file.seek(0)
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+        file.seek(0)
+        yield file
