@@ -6,13 +6,15 @@
 
 What a step sees is a function of (seed, position in the stream): samples, timesteps and noise are the same on however
 many ranks, and a run that was interrupted goes on exactly where its last checkpoint stands, with nothing to restore but
-weights, moments and the loss scale.
+weights, moments and the loss scale. On a CPU it ends with the same weights, to the bit. A GPU adds in no fixed order:
+there only what goes into a step is the same.
 """
 
 import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -26,9 +28,9 @@ from data import Batch, Faults, Stream, batches, generator
 from grid import fold, grid_shape
 from sample import NoiseSchedule, Request, generate
 from sd.device import pick_dtype, precision
-from training.account import dry_run
-from training.checkpoints import load_run, newest_whole, save_run
+from training.checkpoints import claimed, load_run, newest_whole, save_run
 from training.config import Config, read_config
+from training.dry_run import dry_run
 from training.log import Log, commit, stamped
 from training.offload import OffloadAdamW
 from training.ranks import Interrupt, Ranks
@@ -190,10 +192,10 @@ MAX_BAD_STEPS = 10  # in a row
 
 
 def train(cfg: Config):
-    with Ranks(cfg.timeout) as ranks:
+    with Ranks(cfg.timeout) as ranks, claimed(cfg, ranks):
         cfg = in_precision(cfg, ranks)
         torch.manual_seed(cfg.seed)  # of fresh weights; everything later has generators of its own
-        with ranks.patient():
+        with ranks.patient("model and data"):
             model = make_model(cfg)
             lists = ranks.from_rank_0("lists", lambda: make_ready(cfg, model, ranks.device))
             task = TASKS[cfg.train](cfg, model, lists, ranks)
@@ -201,7 +203,7 @@ def train(cfg: Config):
 
 
 def in_precision(cfg: Config, ranks: Ranks) -> Config:
-    """The config with dtype = "auto" made what it means on this machine, and said."""
+    """Resolve dtype = "auto" for this machine, and say what it is."""
     dtype = str(pick_dtype(cfg.dtype, ranks.device)).removeprefix("torch.")
     if ranks.rank == 0:
         print(f"{dtype} on {ranks.device}", flush=True)
@@ -209,7 +211,7 @@ def in_precision(cfg: Config, ranks: Ranks) -> Config:
 
 
 def run(cfg: Config, ranks: Ranks, task):
-    """All steps that are left."""
+    """Train all steps that are left."""
     commit()  # noted now: the checkout may move on meanwhile
     module, ddp, optimizer = make_trainable(cfg, ranks, task)
     scale, start, logged = LossScale(cfg.dtype == "float16"), 0, None
@@ -242,7 +244,7 @@ def run(cfg: Config, ranks: Ranks, task):
                 show(cfg, ranks, task, optimizer, log, done)
                 log.time += time.time() - began  # no part of the steps' speed
             if done % cfg.save_every == 0 or last or stopped:
-                with ranks.patient():  # a slow disk is no reason to end the job
+                with ranks.patient("checkpoint"):  # a slow disk is no reason to end the job
                     save_run(cfg, ranks, done, module, optimizer, scale, log)
             if stopped or last:
                 ranks.sum(torch.zeros(1))  # leave together: torchrun, or NCCL, ends whoever is still saving
@@ -274,10 +276,10 @@ def backward(cfg: Config, ranks: Ranks, task, ddp, optimizer: OffloadAdamW, scal
         names, batch = task.batch()
         ranks.at("forward and backward")
         optimizer.last_micro_batch = micro == cfg.accumulate - 1
-        if ranks.world > 1:
-            ddp.require_backward_grad_sync = optimizer.last_micro_batch
-        loss = loss_of(cfg, ddp, batch, ranks.device)
-        (loss.mean() * (scale.value / cfg.accumulate)).backward()
+        wait = ranks.world > 1 and not optimizer.last_micro_batch
+        with ddp.no_sync() if wait else nullcontext():
+            loss = loss_of(cfg, ddp, batch, ranks.device)
+            (loss.mean() * (scale.value / cfg.accumulate)).backward()
         losses.append(loss.detach())
         sources += names
     return torch.cat(losses), sources
@@ -288,14 +290,15 @@ def backward(cfg: Config, ranks: Ranks, task, ddp, optimizer: OffloadAdamW, scal
 
 
 def show(cfg: Config, ranks: Ranks, task, optimizer: OffloadAdamW, log: Log, step: int):
-    """Let rank 0 judge the model as it is now, with averaged weights where they are kept, write it, and sample."""
-    with optimizer.averaged():
+    """Let rank 0 judge the model as it is now, by its EMA weights where there are any, write it, and sample."""
+    with optimizer.averaged(task.module) as in_host_memory:
         if ranks.rank:
             return
         if cfg.validation:
             log.validation(step, validate(cfg, ranks, task))
         model = stamped(task.snapshot(), cfg, step)
-        sd.save(model, os.path.join(cfg.out_dir, "model.safetensors"))
+        with in_host_memory, ranks.patient("model.safetensors"):
+            sd.save(model, os.path.join(cfg.out_dir, "model.safetensors"))
         frames = task.sheet(model)
         if frames is not None:
             write_video(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), frames, 1, {"step": step})

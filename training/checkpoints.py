@@ -1,39 +1,56 @@
-"""Checkpoints of a run: step-00000500.pt holds all that a resume needs."""
+"""Checkpoints of a run: step-00000500.pt holds all that resuming needs. And the folder that they are in."""
 
+import fcntl
 import os
 import re
 import sys
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
+from cli import beside
 from training.config import Config
 from training.offload import OffloadAdamW
 from training.ranks import Ranks
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints of a run: step-00000500.pt holds all that a resume needs
+
+@contextmanager
+def claimed(cfg: Config, ranks: Ranks):
+    """Context manager: make out_dir, and keep other runs out of it. Raises ValueError when one is there.
+
+    Rank 0 holds a lock, which the system releases when the process ends, however it ends.
+    """
+    if ranks.rank:
+        yield
+        return
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    with open(os.path.join(cfg.out_dir, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out_dir must be free, but another run writes to {cfg.out_dir}: choose another folder, "
+                             "or end that run") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def save_run(cfg: Config, ranks: Ranks, step: int, module, optimizer: OffloadAdamW, scale, log):
-    """Write beside, rename into place, then drop all but the newest `keep`. Every rank must call it.
+    """Write a checkpoint, then remove all but the newest `keep`. Every rank must call it.
 
-    Raises ValueError when it cannot be written; the checkpoints before it stay whole.
+    Raises OSError when it cannot be written; the checkpoints before it stay whole.
     """
     state = {"step": step, "config": asdict(cfg), "module": module.state_dict(), "optimizer": optimizer.state_dict(),
              "scale": vars(scale), "log": log.state(), "samples": samples_a_step(cfg, ranks)}
     if ranks.rank:
         return
-    path = os.path.join(cfg.out_dir, f"step-{step:08d}.pt")
-    try:
-        torch.save(state, path + ".part")
-    except (OSError, RuntimeError) as error:  # of a full disk torch says RuntimeError
-        with suppress(FileNotFoundError):
-            os.remove(path + ".part")
-        raise ValueError(f"{path} cannot be written, is the disk full? Those before it are whole ({error})") from error
-    os.replace(path + ".part", path)
+    with beside(os.path.join(cfg.out_dir, f"step-{step:08d}.pt")) as part:
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:  # its word for a full disk
+            raise OSError("is the disk full? The checkpoints before it are whole") from error
     for old in run_checkpoints(cfg.out_dir)[: -cfg.keep]:
         os.remove(old)
 
@@ -43,12 +60,12 @@ def samples_a_step(cfg: Config, ranks: Ranks) -> int:
 
 
 def run_checkpoints(out_dir: str) -> list[str]:
-    """Oldest first."""
+    """Paths of the checkpoints in a folder, oldest first."""
     return sorted(os.path.join(out_dir, name) for name in os.listdir(out_dir) if re.fullmatch(r"step-\d+\.pt", name))
 
 
 def is_whole(path: str) -> bool:
-    """Whether what a checkpoint holds is what was written: torch.save leaves checksums."""
+    """Whether a checkpoint is what was written: torch.save leaves checksums."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
@@ -57,36 +74,38 @@ def is_whole(path: str) -> bool:
 
 
 def newest_whole(cfg: Config) -> str:
-    """The checkpoint to go on from, "" for none; damaged ones are named, and renamed out of the way of new ones."""
+    """The checkpoint to resume from, "" for none. Damaged ones are renamed, out of the way of new ones.
+
+    Raises ValueError when there is one and the config says resume = False.
+    """
     found = run_checkpoints(cfg.out_dir)
     if found and not cfg.resume:
-        raise ValueError(f"{found[-1]} is in the way of a run with resume = False: choose another out_dir, or remove it")
+        raise ValueError(f"resume is False, but {found[-1]} is there: choose another out_dir, or remove it")
     for path in reversed(found):
         if is_whole(path):
             return path
         os.replace(path, path + ".damaged")
-        print(f"{path} is damaged, it is {path}.damaged now: trying the one before", file=sys.stderr, flush=True)
+        print(f"{path} is damaged, now called {path}.damaged: trying the one before", file=sys.stderr, flush=True)
     return ""
 
 
 def load_run(cfg: Config, ranks: Ranks, path: str, module, optimizer: OffloadAdamW, scale):
-    """Take up what save_run wrote -> (the step to go on with, the log's state). The file is mapped: no second copy in
-    memory.
+    """Take up what save_run wrote -> (steps done, the log's state). Raises ValueError when it is of another model.
 
-    Raises ValueError when it is of another model.
+    The file is mapped: there is no second copy in memory.
     """
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-        before, logged = state["samples"], state["log"]  # of an earlier version there are none
+        before, logged = state["samples"], state["log"]  # an early version did not write them
     except (KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is of another model or optimizer than the config's: choose another out_dir "
-                        f"({str(error).splitlines()[0]})") from error
+                         f"({str(error).splitlines()[0]})") from error
     if state["config"]["dtype"] == cfg.dtype:
         vars(scale).update(state["scale"])
     now = samples_a_step(cfg, ranks)
     if before != now and not ranks.rank:
-        print(f"a step saw {before} samples before, now {now}: it goes on with others than it would have. batch_size "
-              "times accumulate times processes keeps them", file=sys.stderr, flush=True)
+        print(f"a step was of {before} samples before, now of {now}: the run goes on with other samples than it would "
+              "have. Keep batch_size times accumulate times processes to keep them", file=sys.stderr, flush=True)
     return state["step"], logged

@@ -1,6 +1,7 @@
 """Every option of a run, and how config files and the command line set them. Nothing in a config is executed."""
 
 import ast
+import os
 import typing
 from dataclasses import dataclass
 
@@ -24,7 +25,8 @@ class Config:
     train_text: bool = option(False, "train the text tower too; Stable Diffusion keeps it frozen")
     mixed_embedding: bool = option(True, "off for ablations")
     fps_embedding: bool = option(True, "off for ablations")
-    checkpointing: bool = option(False, "recompute activations in backward: a third more time, a fraction of the memory")
+    checkpointing: bool = option(False, "recompute activations in backward: a third more time, a fraction of the "
+                                "memory")
 
     # data
     toy: str = option("", "folder of the toy world, rendered when missing; its lists are used where none are given")
@@ -52,14 +54,15 @@ class Config:
     validation: int = option(0, "last items of each list that are held out, to measure the validation loss", low=0)
 
     # diffusion
-    prediction: str = option("", "epsilon or v; without, what the checkpoint says, or epsilon", choices=("", "epsilon", "v"))
+    prediction: str = option("", "epsilon or v; without, what the checkpoint says, or epsilon",
+                             choices=("", "epsilon", "v"))
     zero_snr: bool = option(False, "end the noise schedule in pure noise; a checkpoint brings its own")
     spacing: str = option("leading", "of the sampler's timesteps; a checkpoint brings its own",
                           choices=("leading", "trailing"))
     timesteps: tuple[int, int] = option((0, NoiseSchedule.timesteps), "training range, half-open: [first, last)", low=0,
                                         high=NoiseSchedule.timesteps)
-    timestep_shift: float = option(1.0, "s > 1 trains noisy timesteps more often: half of them lie above s / (1 + s) of "
-                                   "the range", above=0)
+    timestep_shift: float = option(1.0, "s > 1 trains noisy timesteps more often: half of them lie above s / (1 + s) "
+                                   "of the range", above=0)
     timestep_width: float = option(1.0, "w < 1 trains timesteps near that middle more often", above=0)
     default_fps: float = option(30, "of samples, when nothing else is asked for", low=0, high=120)
     guidance: float = option(7.0, "guidance scale of samples, when nothing else is asked for")
@@ -78,8 +81,8 @@ class Config:
     betas: tuple[float, float] = option((0.9, 0.9), "of AdamW (E.2)", low=0, high=1)
     weight_decay: float = option(0.03, "of AdamW (E.2)", low=0)
     clip: float = option(1.0, "largest global norm of the gradient; 0 for no limit", low=0)
-    ema: float = option(0.0, "decay of the weights' moving average, 0 for none; it warms up as (1 + n) / (10 + n)", low=0,
-                        high=1)
+    ema: float = option(0.0, "decay of the weights' moving average, 0 for none; it warms up as (1 + n) / (10 + n)",
+                        low=0, high=1)
     dtype: str = option("float16", "of autocast, weights are float32; auto is float16 on CUDA, bfloat16 on a CPU with "
                         "units for it, else float32; float64 is for everything",
                         choices=("auto", "float32", "bfloat16", "float16", "float64"))
@@ -118,6 +121,12 @@ def read_config(arguments: list[str], description="") -> Config:
         raise ValueError("a config is needed, like: python train.py configs/tiny.py (see --help)")
     check_config(cfg)
     return cfg
+
+
+def portable(value):
+    """A value of a config for a file that travels: an absolute path keeps its last part only."""
+    is_path = isinstance(value, str) and os.path.isabs(value)
+    return os.path.basename(os.path.normpath(value)) if is_path else value
 
 
 def assignments(path: str) -> dict:

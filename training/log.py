@@ -1,4 +1,4 @@
-"""What a run says: lines, metrics.jsonl, model.safetensors, sheets."""
+"""What a run tells: lines on the terminal, metrics.jsonl, and where a model comes from in the file that holds it."""
 
 import json
 import math
@@ -13,32 +13,44 @@ from functools import cache
 
 import torch
 
+from cli import ROOT, write_text
 from clips.samples import SOURCES
-from sd.settings import Model
+from sd import Model
 from training.checkpoints import samples_a_step
-from training.config import Config
+from training.config import Config, portable
 from training.ranks import Ranks
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The origin of a model
 
 
 @cache
 def commit() -> str:
-    """Of this code as it was first asked for, "" outside a git checkout."""
-    folder = os.path.dirname(os.path.abspath(__file__))
+    """The commit of this code when it was first asked for, "" outside a git checkout."""
     if not shutil.which("git"):
         return ""
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=folder).stdout.strip()
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
 
 def stamped(model: Model, cfg: Config, step: int) -> Model:
-    """With its origin written into the settings."""
-    before = model.settings.origin.get(cfg.train)  # when it started from a model that was trained in the same way
+    """The model with its origin in the settings, without a path of this machine."""
+    before = model.settings.origin.get(cfg.train)  # where it started from a model that was trained in the same way
+    config = {name: portable(value) for name, value in asdict(cfg).items()}
     origin = model.settings.origin | {
-        cfg.train: {"config": asdict(cfg), "steps": step, "commit": commit(), "licence": cfg.licence, "from": before}}
-    return Model(model.unet, model.vae, model.text, replace(model.settings, origin=origin, ema=bool(cfg.ema)))
+        cfg.train: {"config": config, "steps": step, "commit": commit(), "licence": cfg.licence, "from": before}}
+    return replace(model, settings=replace(model.settings, origin=origin, ema=bool(cfg.ema)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
 
 
 class Log:
-    """A line to read every `log_every` steps, a JSON line in metrics.jsonl for each of them; numbers of all ranks."""
+    """A line to read every `log_every` steps, and the same numbers as a line of metrics.jsonl: means over all ranks.
+
+    start  the step that the run goes on from
+    state  what `state` gave there
+    """
 
     NAMES = (*SOURCES, "frame")
 
@@ -46,7 +58,7 @@ class Log:
         self.cfg, self.ranks, self.at, self.time, self.skipped = cfg, ranks, start, time.time(), 0
         self.sums = torch.zeros(2, len(self.NAMES), dtype=torch.float64)  # losses, samples
         self.frames = samples_a_step(cfg, ranks) * (cfg.frames if cfg.train == "unet" else 1)
-        if state:  # its sums are of all ranks
+        if state:  # its sums are those of all ranks
             self.skipped, self.sums = state["skipped"], self.sums if ranks.rank else state["sums"].clone()
         if ranks.rank == 0:
             self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
@@ -57,7 +69,8 @@ class Log:
         """What the next line needs of the steps before it. Every rank must call it."""
         return {"sums": self.ranks.sum(self.sums.clone()), "skipped": self.skipped}
 
-    def step(self, step, losses, sources, norm, lr, scale: float):
+    def step(self, step: int, losses: torch.Tensor, sources: list[str], norm: float, lr: float, scale: float):
+        """Add the losses of a step's samples; write a line when it is time. Every rank must call it."""
         if not math.isfinite(norm):
             self.skipped += 1
             if self.ranks.rank == 0:
@@ -69,23 +82,25 @@ class Log:
         totals, counts = self.ranks.sum(self.sums)
         means = {"loss": (totals.sum() / counts.sum()).item()}
         means |= {f"loss_{n}": (t / c).item() for n, t, c in zip(self.NAMES, totals, counts) if c}
-        speed = (step - self.at) / (time.time() - self.time)
-        peaks = memory(self.ranks.device)
+        speed, peaks = (step - self.at) / (time.time() - self.time), memory(self.ranks.device)
         line = {**means, "grad_norm": norm, "skipped": self.skipped, "lr": lr, "steps_per_s": speed,
                 "frames_per_s": speed * self.frames} | {f"{name}_gb": gb for name, gb in peaks.items()}
         self.at, self.time, self.sums = step, time.time(), torch.zeros_like(self.sums)
         if self.ranks.rank == 0:
             left = int((self.cfg.max_steps - step) / speed)
-            print(f"step {step}/{self.cfg.max_steps}  "
-                  + "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-                  + f"  |grad| {norm:.3f}  lr {lr:.2e}  {speed:.2f} steps/s  {line['frames_per_s']:.0f} frames/s  "
-                  + "  ".join(f"{name} {gb:.1f} GB" for name, gb in peaks.items())
-                  + f"  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", flush=True)
+            self.tell(step, *(f"{name} {value:.4f}" for name, value in means.items()), f"|grad| {norm:.3f}",
+                      f"lr {lr:.2e}", f"{speed:.2f} steps/s", f"{line['frames_per_s']:.0f} frames/s",
+                      *(f"{name} {gb:.1f} GB" for name, gb in peaks.items()),
+                      f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
             self.write(step, line)
 
     def validation(self, step: int, losses: dict[str, float]):
-        print(f"step {step}/{self.cfg.max_steps}  " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()), flush=True)
+        """Write the losses of what is held out; rank 0 has them."""
+        self.tell(step, *(f"{name} {value:.4f}" for name, value in losses.items()))
         self.write(step, losses)
+
+    def tell(self, step: int, *texts: str):
+        print(f"step {step}/{self.cfg.max_steps}", *texts, sep="  ", flush=True)
 
     def write(self, step: int, line: dict):
         with open(self.path, "a", encoding="utf-8") as file:
@@ -106,14 +121,12 @@ def forget_after(path: str, step: int):
         return
     with open(path, encoding="utf-8") as file:
         lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    os.replace(path + ".part", path)
+    write_text(path, "".join(lines))
 
 
 def start_wandb(cfg: Config):
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("wandb_log = True needs the package: pip install wandb") from error
+        raise ValueError("wandb_log = True needs the package wandb: pip install wandb") from error
     return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or None, config=asdict(cfg), dir=cfg.out_dir)

@@ -1,7 +1,7 @@
 """AdamW on the CPU, its state sharded over the ranks (E.2; the paper used ZeRO-2 with offload, this is ZeRO-1).
 
-The device holds weights, gradients and activations; of master weights, both moments and the moving average each rank
-holds its share, in host memory. A step:
+The device holds weights, gradients and activations. Each rank holds its share of master weights, both moments and the
+moving average in host memory. A step:
 
     backward    each reduced gradient bucket leaves for the host while the rest is still computed: `receive`
     step        norm over all shards, clip, unscale; torch's fused AdamW on the shard; moving average; weights back
@@ -11,26 +11,30 @@ Where the device is the CPU the masters are the parameters, gradients are read w
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 ALIGN = 16  # numbers: pieces start where the fused kernel starts a vector, so that sharding changes no rounding
 CHUNK = 1 << 24  # numbers a broadcast
 
 
 class Piece:
-    """Numbers first..last-1 of a parameter, in the order in which they lie in memory, and whose they are."""
+    """Numbers [first, last) of a parameter, in the order in which they lie in memory, and the rank that owns them."""
 
     def __init__(self, param, group: int, first: int, last: int, owner: int):
         self.param, self.group, self.first, self.last, self.owner = param, group, first, last, owner
 
+    def __len__(self):
+        return self.last - self.first
+
     def of(self, tensor) -> torch.Tensor:
-        """The same numbers of a tensor shaped and laid out like the parameter: a view."""
+        """The same numbers of a tensor shaped like the parameter: a view where it is laid out like it too."""
         if tensor.stride() != self.param.stride():
             tensor = torch.empty_like(self.param, dtype=tensor.dtype).copy_(tensor)
-        return tensor.detach().as_strided((self.last - self.first,), (1,), tensor.storage_offset() + self.first)
+        return tensor.detach().as_strided((len(self),), (1,), tensor.storage_offset() + self.first)
 
 
 def shard(groups, world: int) -> list[Piece]:
@@ -57,31 +61,31 @@ class OffloadAdamW:
     """
 
     def __init__(self, groups, ema=0.0, rank=0, world=1, gloo=None):
-        groups = [{"params": [p for p in group["params"] if p.requires_grad]} | {k: v for k, v in group.items()
-                                                                                 if k != "params"} for group in groups]
+        groups = [group | {"params": [p for p in group["params"] if p.requires_grad]} for group in groups]
         self.params = [p for group in groups for p in group["params"]]
-        self.pieces, self.rank, self.world, self.decay, self.steps = shard(groups, world), rank, world, ema, 0
+        self.rank, self.world, self.gloo, self.decay, self.steps = rank, world, gloo, ema, 0
+        self.pieces = shard(groups, world)
         self.mine = [piece for piece in self.pieces if piece.owner == rank]
         self.on_host = self.params[0].device.type == "cpu"
-        self.masters = [self.home(piece) for piece in self.mine]
+        self.masters = [piece.of(piece.param.data) for piece in self.mine]
+        if not self.on_host:
+            self.masters = [home.copy_(numbers) for home, numbers in zip(self.pinned(), self.masters)]
+            self.grads, self.arrived = self.pinned(), set()
+            self.stream = torch.cuda.Stream(self.params[0].device)
         self.averages = [master.clone() for master in self.masters] if ema else []
         self.inner = torch.optim.AdamW(
             [group | {"params": [m for m, piece in zip(self.masters, self.mine) if piece.group == g]}
              for g, group in enumerate(groups)], fused=True)
-        self.gloo = gloo
-        if not self.on_host:
-            self.grads = [torch.empty_like(master, pin_memory=True) for master in self.masters]
-            self.stream = torch.cuda.Stream()
         self.last_micro_batch = True  # the loop says so: gradients leave once they are whole
 
     @property
     def param_groups(self):
         return self.inner.param_groups
 
-    def home(self, piece: Piece) -> torch.Tensor:
-        """Where the master of a piece lives: in the parameter itself, or in pinned memory."""
-        numbers = piece.of(piece.param.data)
-        return numbers if self.on_host else torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers)
+    def pinned(self) -> list[torch.Tensor]:
+        """Memory for this rank's pieces, in one block: torch rounds every block up to a power of two."""
+        sizes = [len(piece) for piece in self.mine]
+        return list(torch.zeros(sum(sizes), dtype=self.params[0].dtype, pin_memory=True).split(sizes))
 
     def attach(self, ddp):
         """Have gradients leave during backward: DDP's once they are reduced, else once they are accumulated."""
@@ -105,6 +109,7 @@ class OffloadAdamW:
             for p, grad in zip(params, grads):
                 for n, piece in self.places.get(p, ()):
                     self.grads[n].copy_(piece.of(grad), non_blocking=True)
+                    self.arrived.add(n)
                 grad.record_stream(self.stream)
 
     @torch.no_grad()
@@ -113,12 +118,10 @@ class OffloadAdamW:
 
         clip  the largest norm that goes on unscaled; 0 for no limit
 
-        Where that is not finite nothing changes, on any rank.
+        Where the norm is not finite nothing changes, on any rank. Raises RuntimeError when a gradient is missing.
         """
-        if not self.on_host:
-            self.stream.synchronize()
-        for n, (master, piece) in enumerate(zip(self.masters, self.mine)):
-            master.grad = piece.of(piece.param.grad) if self.on_host else self.grads[n]
+        for master, grad in zip(self.masters, self.whole_gradients()):
+            master.grad = grad
         norms = torch._foreach_norm([master.grad for master in self.masters])
         square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
         if self.world > 1:
@@ -131,18 +134,31 @@ class OffloadAdamW:
             self.inner.grad_scale = torch.tensor(divisor) if divisor != 1 else None
             self.inner.found_inf = torch.zeros(()) if divisor != 1 else None
             self.inner.step()
-            self.average()
+            self.update_average()
             self.gather()
         return norm
 
-    def average(self):
+    def whole_gradients(self) -> list[torch.Tensor]:
+        """This rank's share of the gradients. Raises RuntimeError unless there is one for every parameter."""
+        if self.on_host:
+            missing = sum(piece.param.grad is None for piece in self.mine)
+        else:
+            self.stream.synchronize()
+            missing = len(self.mine) - len(self.arrived)
+            self.arrived.clear()
+        if missing:
+            raise RuntimeError(f"every parameter must get a gradient, {missing} of {len(self.mine)} pieces got none: "
+                               "freeze what the loss does not depend on, with requires_grad_(False)")
+        return [piece.of(piece.param.grad) for piece in self.mine] if self.on_host else self.grads
+
+    def update_average(self):
         if self.averages:
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # young averages forget fast
             torch._foreach_lerp_(self.averages, self.masters, 1 - decay)
         self.steps += 1
 
     def gather(self):
-        """The updated weights, from the shards to every rank's parameters."""
+        """Bring the updated weights from the shards to every rank's parameters."""
         if not self.on_host:
             for piece, master in zip(self.mine, self.masters):
                 piece.of(piece.param).copy_(master, non_blocking=True)
@@ -151,14 +167,41 @@ class OffloadAdamW:
                 flat = torch.cat([piece.of(piece.param) for piece in pieces])
                 dist.broadcast(flat, owner)
                 if owner != self.rank:
-                    for piece, numbers in zip(pieces, flat.split([piece.last - piece.first for piece in pieces])):
+                    for piece, numbers in zip(pieces, flat.split(list(map(len, pieces)))):
                         piece.of(piece.param).copy_(numbers)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The moving average in place of the weights
+
+    @contextmanager
+    def averaged(self, module: nn.Module):
+        """Context manager: swap the EMA weights, where there are any, into the module on rank 0. All ranks must enter.
+
+        Yields a context manager for saving: inside it the module's parameters are the host's own copy of the same
+        numbers, so that a file is written from there.
+        """
+        held = self.averages if self.decay else self.masters if self.world == 1 else None
+        full = None if held is None else self.whole(held)
+        in_host_memory = nullcontext() if full is None else replaced(module, dict(zip(self.params, full)))
+        if self.on_host:
+            with in_host_memory:
+                yield nullcontext()
+            return
+        if self.decay and full is not None:
+            for p, average in zip(self.params, full):
+                p.data.copy_(average)
+        yield in_host_memory
+        if self.decay:
+            self.gather()  # the masters hold what was overwritten
 
     # -----------------------------------------------------------------------------------------------------------------
     # State, whole: it does not depend on how many ranks there are
 
     def whole(self, shards: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """On rank 0 the full tensors, one a parameter, of what every rank holds a shard of; views if it holds all."""
+        """Gather on rank 0, in host memory, what every rank holds a shard of -> one tensor a parameter; elsewhere None.
+
+        Every rank must call it. With one rank these are views.
+        """
         if self.rank:
             for numbers in shards:
                 dist.send(numbers.contiguous(), 0, group=self.gloo)
@@ -175,24 +218,8 @@ class OffloadAdamW:
                 place.copy_(held[id(piece)])
         return [full[p] for p in self.params]
 
-    @contextmanager
-    def averaged(self):
-        """Meanwhile the parameters of rank 0 are the moving average, where there is one; every rank must enter."""
-        full = self.whole(self.averages) if self.averages else None
-        if full is None:
-            yield
-            return
-        current = [p.detach().cpu() if not self.on_host else p.detach().clone() for p in self.params]
-        self.put(full)
-        yield
-        self.put(current)
-
-    def put(self, values):
-        for p, value in zip(self.params, values):
-            p.data.copy_(value)
-
     def state_dict(self) -> dict:
-        """Whole on rank 0; on the others, which must call it too, without the tensors."""
+        """Moments and moving average, whole on rank 0, without the tensors elsewhere. Every rank must call it."""
         state = [self.inner.state.get(master, {}) for master in self.masters]
         parts = {name: self.whole([s[name] if s else torch.zeros_like(m) for s, m in zip(state, self.masters)])
                  for name in ("exp_avg", "exp_avg_sq")}
@@ -219,14 +246,14 @@ class OffloadAdamW:
 
 
 def chunks(pieces: list[Piece]):
-    """Runs of pieces of at most CHUNK numbers, where a piece is not longer itself."""
+    """Yield runs of pieces of at most CHUNK numbers; a piece that is longer itself is a run of its own."""
     run, size = [], 0
     for piece in pieces:
-        if run and size + piece.last - piece.first > CHUNK:
+        if run and size + len(piece) > CHUNK:
             yield run
             run, size = [], 0
         run.append(piece)
-        size += piece.last - piece.first
+        size += len(piece)
     if run:
         yield run
 
@@ -236,7 +263,22 @@ def reduce_and_receive(optimizer: OffloadAdamW, bucket: dist.GradBucket):
     flat = bucket.buffer().div_(optimizer.world)
 
     def received(future):
-        optimizer.receive(bucket.parameters(), bucket.gradients())
+        # not bucket.gradients(): those are views in the order of dimensions, whatever the layout of the parameter
+        optimizer.receive(bucket.parameters(), [p.grad for p in bucket.parameters()])
         return future.value()[0]
 
     return dist.all_reduce(flat, async_op=True).get_future().then(received)
+
+
+@contextmanager
+def replaced(module: nn.Module, values: dict):
+    """Context manager: have a module use other tensors in place of some of its parameters, without a copy."""
+    places = [(owner, name, p) for owner in module.modules() for name, p in owner.named_parameters(recurse=False)
+              if p in values]
+    for owner, name, p in places:
+        setattr(owner, name, nn.Parameter(values[p], requires_grad=False))
+    try:
+        yield
+    finally:
+        for owner, name, p in places:
+            setattr(owner, name, p)

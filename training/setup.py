@@ -9,24 +9,24 @@ import torch
 
 from clips.encode import encode
 from clips.encoded import EncodedClips, fingerprint, read_settings
-from clips.samples import SOURCES, LiveClips, Spec
+from clips.samples import CAPTION_FPS, LABEL_FPS, SOURCES, LiveClips, Spec
 from lab import toy
 from sample import NoiseSchedule
 from sd import Model, Settings, build, load
 from sd.device import precision
 from sd.presets import PRESETS, ModelConfig
-from training.config import Config
+from training.config import Config, portable
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model and data of a run
+# The model
 
 
 def make_model(cfg: Config) -> Model:
     """The model that training starts from, on the CPU in fp32. Raises ValueError on what cannot be trained."""
     if cfg.init:
         if not (cfg.mixed_embedding and cfg.fps_embedding):
-            raise ValueError("mixed_embedding and fps_embedding are switched off for models that start from nothing: "
-                            f"{cfg.init} brings its own")
+            raise ValueError("mixed_embedding and fps_embedding must be True for a model that is loaded: they are "
+                             f"switched off for models that start from nothing, and {cfg.init} brings its own")
         model = load(cfg.init, prediction=cfg.prediction or None)
         settings = model.settings
     else:
@@ -34,29 +34,37 @@ def make_model(cfg: Config) -> Model:
         model = build(architecture(cfg), settings)
     if cfg.vae:
         donor = load(cfg.vae)
-        origin = settings.origin | {"vae": donor.settings.origin.get("vae", {"file": cfg.vae})}
+        origin = settings.origin | {"vae": donor.settings.origin.get("vae", {"file": portable(cfg.vae)})}
         model.vae = donor.vae
         settings = replace(settings, latent_scale=donor.settings.latent_scale, origin=origin)
-    fps = tuple(sorted({float(f) for f in cfg.fps_values if cfg.mix.get("video")}
-                       | ({0.0} if cfg.mix.get("label") else set()) | ({120.0} if cfg.mix.get("caption") else set())))
     model.settings = replace(
-        settings, frames=cfg.frames, width=cfg.width, height=cfg.height, fps=cfg.default_fps, fps_trained=fps,
+        settings, frames=cfg.frames, width=cfg.width, height=cfg.height, fps=cfg.default_fps, fps_trained=all_fps(cfg),
         guidance=cfg.guidance, eta=cfg.eta,
         grid_trained=settings.grid_trained or cfg.train == "unet" and cfg.frames > 1)
-    NoiseSchedule(model.settings)
+    NoiseSchedule(model.settings)  # raises where they do not go together
     model.check_size(cfg.width, cfg.height, cfg.frames if cfg.train == "unet" else 1)
     return model
 
 
 def architecture(cfg: Config) -> ModelConfig:
-    """Of a model that starts from nothing."""
+    """The architecture of a model that starts from nothing."""
     preset = PRESETS[cfg.model]
     unet = replace(preset.unet, mixed_embedding=cfg.mixed_embedding, fps_embedding=cfg.fps_embedding)
     return replace(preset, unet=unet)
 
 
+def all_fps(cfg: Config) -> tuple[float, ...]:
+    """Every FPS value that the run trains, in rising order."""
+    values = {"video": cfg.fps_values, "label": (LABEL_FPS,), "caption": (CAPTION_FPS,)}
+    return tuple(sorted({float(fps) for source in SOURCES if cfg.mix.get(source) for fps in values[source]}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+
+
 def data_lists(cfg: Config, render=True) -> dict[str, str]:
-    """source -> list. A missing toy world is rendered."""
+    """The list of each source in the mix. A missing toy world is rendered."""
     lists = {source: getattr(cfg, source) for source in SOURCES}
     if cfg.toy:
         if render:
@@ -67,7 +75,7 @@ def data_lists(cfg: Config, render=True) -> dict[str, str]:
 
 
 def render_world(cfg: Config):
-    """Unless it is there. Raises ValueError when that is of other options."""
+    """Render the toy world if it is missing. Raises ValueError when one of other options is there."""
     world = {"clips": cfg.toy_clips, "images": cfg.toy_images, "captioned": cfg.toy_captioned,
              "moving": cfg.toy_moving, "size": cfg.width}
     try:
@@ -80,25 +88,21 @@ def render_world(cfg: Config):
     for name, ours in world.items():
         if found.get(name) != ours:
             raise ValueError(f"the toy world {cfg.toy} was rendered with {name} {found.get(name)}, the config says "
-                            f"{ours}: choose another folder for `toy`, or remove it")
+                             f"{ours}: choose another folder for `toy`, or remove it")
 
 
 def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
     """Render and encode what is missing -> the lists; none where everything is encoded already."""
-    try:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out_dir {cfg.out_dir} cannot be made: {error.strerror}") from error
     ahead = cfg.encoded if cfg.train == "unet" else ""
     if ahead and os.path.exists(ahead):
         compare_lists(cfg)
         return {}
     lists = data_lists(cfg)
     if ahead:
-        for source in cfg.mix:
-            if cfg.mix[source] and source not in lists:
-                raise ValueError(f"mix asks for {source} samples, of which there is no list: give `{source}` one, or "
-                                "leave it out of the mix")
+        for source in filter(cfg.mix.get, cfg.mix):
+            if source not in lists:
+                raise ValueError(f"mix asks for {source} samples, of which there is no list: set `{source}`, or take "
+                                 "it out of the mix")
         model.vae.to(device)
         model.text.to(device)
         encode(model, lists, ahead, sample_spec(cfg), text=not cfg.train_text)
@@ -108,12 +112,12 @@ def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
 
 
 def compare_lists(cfg: Config):
-    """Say where what was encoded ahead is not of the config's lists; they may be the same in another place."""
+    """Warn where the encoded clips are not of the config's lists; these may be the same in another place."""
     encoded = read_settings(cfg.encoded)["lists"]
     for source, path in data_lists(cfg, render=False).items():
         if encoded.get(source, path) != path:
-            print(f"{cfg.encoded}, encoded from {encoded[source]}, is used, and {path} is not read: for other data "
-                  "choose another folder for `encoded`", file=sys.stderr, flush=True)
+            print(f"{cfg.encoded} is used, which was encoded from {encoded[source]}, and {path} is not read: for other "
+                  "data choose another folder for `encoded`", file=sys.stderr, flush=True)
 
 
 def sample_spec(cfg: Config) -> Spec:
@@ -121,8 +125,7 @@ def sample_spec(cfg: Config) -> Spec:
 
 
 def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> LiveClips | EncodedClips:
-    """The samples of a run. Raises ValueError when those encoded ahead are of other options than the config's, or of
-    another VAE or text tower than the model's."""
+    """The samples of a run. Raises ValueError when they were encoded with other options, or by another model."""
     if not cfg.encoded:
         model.vae.to(device, memory_format=torch.channels_last)
         return LiveClips(lists, sample_spec(cfg))
@@ -130,13 +133,17 @@ def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> Live
     for name, ours in asdict(sample_spec(cfg)).items():
         theirs = getattr(clips.spec, name)
         if theirs != ours and name != "seed":  # runs may share a folder
-            raise ValueError(f"{cfg.encoded} was encoded with {name} = {theirs}, the config says {ours}: choose another "
-                            "folder for `encoded`, or remove it")
+            raise ValueError(f"{cfg.encoded} was encoded with {name} = {theirs}, the config says {ours}: choose "
+                             "another folder for `encoded`, or remove it")
     for what, theirs, network in (("VAE", clips.vae, model.vae), ("text tower", clips.tower, model.text)):
         if theirs and theirs != fingerprint(network):
             raise ValueError(f"{cfg.encoded} was encoded by another {what} than the model's: choose another folder for "
-                            "`encoded`, or remove it")
+                             "`encoded`, or remove it")
     return clips
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A batch through the module
 
 
 def loss_of(cfg: Config, module, batch, device) -> torch.Tensor:

@@ -1,0 +1,162 @@
+"""Say what a run will need, before anyone spends a night on it.
+
+    python train.py CONFIG --dry_run
+"""
+
+import os
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from clips.encoded import EncodedClips
+from clips.lists import Items
+from sd.device import pick_dtype
+from sd.presets import ModelConfig
+from training.account import device_memory, host_memory, setting, shape_of
+from training.config import Config
+from training.offload import OffloadAdamW
+from training.setup import data_lists, loss_of, sample_spec
+
+SLOW = 2e13  # FLOP: a minute or so of a CPU
+
+
+def dry_run(cfg: Config, example):
+    """Print parameters, memory by kind, what the data is, and the time of a step where it fits.
+
+    Under torchrun rank 0 does, for as many processes.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return
+    if cfg.dtype == "float64":
+        raise ValueError("dtype must be float32, bfloat16, float16 or auto for dry_run, got float64")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = replace(cfg, dtype=str(pick_dtype(cfg.dtype, device)).removeprefix("torch."))
+    gpu = device.type == "cuda" or cfg.dtype == "float16"  # that is for a GPU, if not for one of this machine
+    world, shape = int(os.environ.get("WORLD_SIZE", 1)), shape_of(cfg)
+    need = device_memory(cfg, example, shape, device.type)
+    kinds = ("weights", "frozen", "gradients", "activations")
+    on_device = sum(need[kind] for kind in kinds)
+    host = host_memory(cfg, need["weights"], gpu, world)
+    at_times = {name: host.pop(name) for name in ("showing", "saving")}
+    on_host = sum(host.values())
+
+    if cfg.init and not os.path.exists(cfg.init):
+        line("model", f"{cfg.model}, as {cfg.init} is not on this machine")
+    line("parameters", f"{need['parameters']:,} trained")
+    line("memory of the device", f"{gigabytes(on_device)} at the peak of a step, without workspaces of kernels")
+    more = "; up to a quarter more on a GPU, which normalises in float32" if device.type == "cpu" and gpu else ""
+    for kind in kinds:
+        line(f"  {kind}", gigabytes(need[kind]) + (more if kind == "activations" else ""))
+    line("memory of the host", f"{gigabytes(on_host)} for {', '.join(name for name in host if host[name])}, in "
+         f"{processes(world)}" + (f" with a GPU{'' if world == 1 else ' each'}" if gpu else ""))
+    for name, size in at_times.items():
+        if size:
+            line(f"  while {name}", f"{gigabytes(size)} more on rank 0")
+    line("computation", "not counted: this torch has no FLOP formula for the attention here" if need["flop"] is None
+         else f"{need['flop'] / 1e12:,.2f} TFLOP a step and rank")
+    if cfg.train == "unet":
+        for source, text in data_lines(cfg, shape, world):
+            line(f"data, {source}", text)
+    wanted = on_device if device.type == "cuda" else on_device + on_host
+    line("time of a step", time_of_step(cfg, example, shape, device, need["flop"], wanted))
+
+
+def line(name: str, text: str):
+    print(f"{name:<22}{text}")
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def processes(world: int) -> str:
+    return f"{world} processes" if world > 1 else "one process"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def data_lines(cfg: Config, shape: ModelConfig, world: int):
+    """Yield (source, how many items it has, how long they last, what they take when encoded)."""
+    if cfg.encoded and os.path.exists(cfg.encoded):
+        clips = EncodedClips(cfg.encoded)
+        for source in filter(cfg.mix.get, cfg.mix):
+            yield source, epoch(cfg, world, source, clips.count(source))
+        return
+    for source, path in data_lists(cfg, render=False).items():
+        if not os.path.exists(path):
+            yield source, f"{path} is not there yet"
+            continue
+        count = len(Items(source, path))
+        disk = f", up to {gigabytes(count * encoded_size(cfg, shape, source))} to encode" if cfg.encoded else ""
+        yield source, epoch(cfg, world, source, count) + disk
+
+
+def epoch(cfg: Config, world: int, source: str, items: int) -> str:
+    in_a_step = cfg.mix[source] / sum(cfg.mix.values()) * cfg.batch_size * cfg.accumulate * world
+    return f"{items:,} items, {(items - cfg.validation) / in_a_step:,.0f} steps an epoch of {processes(world)}"
+
+
+def encoded_size(cfg: Config, shape: ModelConfig, source: str) -> int:
+    """Bytes that an item takes when encoded in float16, at every FPS: moments, and with a frozen tower contexts."""
+    factor, spec = shape.vae.downsampling, sample_spec(cfg)
+    frames = 1 if source == "caption" else cfg.frames
+    moments = frames * 2 * shape.vae.latent_channels * (cfg.height // factor) * (cfg.width // factor)
+    context = 0 if cfg.train_text else shape.text.length * shape.text.width
+    samples = spec.repeats(source) * (len(cfg.fps_values) if source == "video" else 1)
+    return 2 * samples * (moments + context)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def time_of_step(cfg: Config, example, shape: ModelConfig, device, flop: int | None, wanted: int) -> str:
+    """Measure a step of one process, or say why not.
+
+    wanted  bytes that it takes on the device
+    """
+    free = free_memory(device)
+    if device.type == "cpu" and (flop is None or flop > SLOW):
+        return "not measured: it would take minutes on this CPU"
+    if wanted > free:
+        return f"not measured: it needs {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB of this {device} are free"
+    print("timing a step ...", file=sys.stderr, flush=True)
+    seconds = seconds_a_step(cfg, example, shape, device)
+    return (f"{seconds:.2f} s on one {device}, without reading data: {seconds * cfg.max_steps / 3600:.1f} h for "
+            f"{cfg.max_steps:,} steps")
+
+
+def seconds_a_step(cfg: Config, example, shape: ModelConfig, device) -> float:
+    """Seconds of a real step of one process, with random weights: the fastest of up to four within a minute."""
+    with device:
+        module, batch, _ = setting(cfg, example, shape)
+    if device.type == "cpu":
+        module.to(memory_format=torch.channels_last)
+    optimizer = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas}], cfg.ema)
+    optimizer.attach(module)
+    seconds = []
+    while len(seconds) < 4 and sum(seconds) < 60:
+        began = time.perf_counter()
+        for micro in range(cfg.accumulate):
+            optimizer.last_micro_batch = micro == cfg.accumulate - 1
+            loss_of(cfg, module, batch, device).mean().backward()
+        optimizer.step(cfg.clip)
+        module.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def free_memory(device) -> int:
+    """Free bytes of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if not os.path.exists("/proc/meminfo"):  # not Linux: all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(text.split()[1]) * 1024 for text in file if text.startswith("MemAvailable"))
