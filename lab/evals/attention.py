@@ -1,27 +1,39 @@
-"""Who looks at whom (Figure 11)."""
+"""Draw who looks at whom (Figure 11): how the frames of a video attend to each other while it is sampled.
+
+    python -m lab.evals.attention "a red circle moving right" --out map.png
+
+The picture has a row for each of seven steps and a column for each head of the UNet's middle block; in a map, row i is
+frame i and column j is the frame that it looks at. The brighter, the more.
+"""
 
 import os
+import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
-from cli import check_writable
-from grid import grid_shape
+import sd
+from cli import beside, check_writable, option, parse, run
+from clips.write import contact_sheet
+from grid import frame_of_pixel, grid_shape
 from model import split_heads
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Who looks at whom (Figure 11)
+from sample import SHIPPED, NoiseSchedule, Request, generate
+from sd.device import DTYPES, pick_device, pick_dtype
 
 
 class AttentionMaps:
-    """Meanwhile `maps` gets, at each step, how the middle block of a UNet spreads its attention over the frames:
-    (heads, T, T), from frame i to frame j in reading order of Equation 1; rows add up to 1. Of the last video of a
-    batch, with its prompt."""
+    """Context manager: collect in `maps`, at each step, how the middle block of a UNet spreads its attention over the
+    frames: (heads, T, T), from frame i to frame j in the order of Equation 1; rows add up to 1.
+
+    Of a batch it is the last video, with its prompt.
+    """
 
     def __init__(self, unet, frames: int):
-        self.unet, self.rows, self.cols, self.maps = unet, *grid_shape(frames), []
+        self.unet, self.grid, self.maps = unet, grid_shape(frames), []
 
     def __enter__(self):
         attention = self.unet.middle_block[1].transformer_blocks[0].attn1
@@ -34,45 +46,65 @@ class AttentionMaps:
             hook.remove()
 
     def enter_block(self, block, inputs):
-        """Which frame each token belongs to, by its middle: tokens may straddle frames."""
-        H, W = inputs[0].shape[-2:]
-        row = ((torch.arange(H) + 0.5) * self.rows / H).long()
-        col = ((torch.arange(W) + 0.5) * self.cols / W).long()
-        frame = (row[:, None] + col * self.rows).flatten()
-        self.member = F.one_hot(frame, self.rows * self.cols).float().to(inputs[0].device)  # (L, T)
+        """Note which frame each token belongs to."""
+        h, (rows, cols) = inputs[0], self.grid
+        frame = frame_of_pixel(*h.shape[-2:], rows, cols, device=h.device).flatten()
+        self.member = F.one_hot(frame, rows * cols).float()  # (L, T)
 
     def enter_attention(self, attention, inputs):
-        x, (k, v) = inputs
-        q, k = split_heads(attention.to_q(x[-1:]), attention.heads)[0].float(), k[-1].float()  # (heads, L, d)
+        x, context = inputs
+        q = split_heads(attention.to_q(x[-1:]), attention.heads)[0].float()  # (heads, L, d)
+        k = split_heads(attention.to_k(context[-1:]), attention.heads)[0].float()
         scores = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
         tokens = self.member.sum(0)[:, None].clamp(min=1)  # a small frame may have none
         self.maps.append((self.member.T @ scores @ self.member / tokens).cpu())
 
-    def write(self, path: str, timesteps: list[int], shown=7, gap=12):
-        """A picture: `shown` of the steps from top to bottom, heads from left to right; the brighter, the more."""
-        chosen = np.linspace(0, len(self.maps) - 1, min(shown, len(self.maps))).round().astype(int)
-        heads, T, _ = self.maps[0].shape
-        cell = max(1, 96 // T)  # pixels
-        side, left = T * cell, 60
-        picture = Image.new("RGB", (left + heads * (side + gap), gap + len(chosen) * (side + gap)), "white")
-        draw = ImageDraw.Draw(picture)
-        for head in range(heads):
-            draw.text((left + head * (side + gap), 0), f"head {head}", fill="black")
-        for n, i in enumerate(chosen):
-            top = gap + n * (side + gap)
-            draw.text((2, top), f"t = {timesteps[i]}", fill="black")
-            for head, values in enumerate(self.maps[i] / self.maps[i].amax(dim=(1, 2), keepdim=True)):
-                levels = (values * 255).round().byte().numpy().repeat(cell, 0).repeat(cell, 1)
-                picture.paste(Image.fromarray(levels), (left + head * (side + gap), top))
-        picture.save(path)
+
+def draw_maps(maps: list[torch.Tensor], timesteps: list[int], shown=7, gap=12) -> Image.Image:
+    """A picture of `shown` of the steps, with their timesteps beside them and the heads above."""
+    chosen = np.linspace(0, len(maps) - 1, min(shown, len(maps))).round().astype(int)
+    heads, T, _ = maps[0].shape
+    cell, left = max(1, 96 // T), 60  # pixels: a frame in a map, and the margin
+    relative = torch.cat([maps[i] / maps[i].amax(dim=(1, 2), keepdim=True) for i in chosen])
+    levels = (relative * 255).round().byte().numpy().repeat(cell, 1).repeat(cell, 2)
+    sheet = contact_sheet(levels[..., None].repeat(3, -1), cols=heads, gap=gap)
+    picture = Image.new("RGB", (left + sheet.shape[1], gap + sheet.shape[0]), "white")
+    picture.paste(Image.fromarray(sheet), (left, gap))
+    draw, step = ImageDraw.Draw(picture), T * cell + gap
+    for head in range(heads):
+        draw.text((left + head * step, 0), f"head {head}", fill="black")
+    for n, i in enumerate(chosen):
+        draw.text((2, gap + n * step), f"t = {timesteps[i]}", fill="black")
+    return picture
 
 
-def check_map(args, paths: list[str]):
-    """Raise ValueError on what --attention_map cannot show, or where it cannot be written."""
-    if len(paths) > 1 or args.frames == 1:
-        raise ValueError(f"--attention_map shows the frames of one video, not of {len(paths)} with {args.frames}")
-    if not args.attention_map.lower().endswith(".png"):
-        raise ValueError(f"--attention_map {args.attention_map}: the file must end in .png")
-    if os.path.lexists(args.attention_map) or args.attention_map in paths:
-        raise ValueError(f"{args.attention_map} is there already: choose another --attention_map, or remove it")
-    check_writable(args.attention_map)
+@dataclass
+class Options(Request):
+    out: str = option("attention.png", "the picture", metavar="FILE.png")
+    ckpt: str = option("", "the model (default: the tiny one that ships)")
+    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
+    dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
+                        choices=DTYPES)
+
+
+def main():
+    o = parse(Options, __doc__)
+    if not o.out.lower().endswith(".png"):
+        raise ValueError(f"out must end in .png, got {o.out}")
+    if os.path.lexists(o.out):
+        raise ValueError(f"{o.out} is there already: choose another out, or remove it")
+    device = pick_device(o.device)
+    model = sd.load(o.ckpt or SHIPPED, device, pick_dtype(o.dtype, device))
+    o = o.resolve(model)
+    if len(o.prompt) > 1 or o.frames == 1:
+        raise ValueError(f"a map is of the frames of one video, not of {len(o.prompt)} with {o.frames}")
+    check_writable(o.out)
+    with AttentionMaps(model.unet, o.frames) as watch, tqdm(total=o.steps, unit="step", file=sys.stderr) as bar:
+        generate(model, o, progress=lambda *_: bar.update())
+    with beside(o.out) as part:
+        draw_maps(watch.maps, NoiseSchedule(model.settings).sampling_timesteps(o.steps)).save(part, "PNG")
+    print(o.out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,56 +1,71 @@
-"""x"""
+"""Grade a model on the toy world, whose prompts have right answers: colour, shape, direction, background, wrong cuts.
+
+    python -m lab.evals.toy --ckpt runs/tiny/model.safetensors --no_fps
+
+Prints how many videos are right, with 95% Wilson intervals, and how far things move at each frame rate.
+"""
 
 import json
 import math
+import os
 import sys
 from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from cli import check_writable
+import sd
+from cli import beside, check_writable, option, parse, run
+from clips.write import contact_sheet
 from lab import toy
 from lab.metrics import Gaussian, frechet_distance, wilson
-from sample import generate
-from sd.checkpoint import load
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The toy world
-
+from sample import SHIPPED, NoiseSchedule, Request, generate
+from sd.device import DTYPES, pick_device, pick_dtype
 
 ANSWERS = ("color", "shape", "direction", "background")
 
-
-def sample_all(model, jobs, batch_size=8, **options):
-    """Videos of jobs, each (prompt, seed), in their order: a generator of uint8 (T, H, W, 3)."""
-    bar = tqdm(total=len(jobs), unit="video", desc="sample", file=sys.stderr)
-    for at in range(0, len(jobs), batch_size):
-        prompts, seeds = zip(*jobs[at : at + batch_size])
-        yield from generate(model, list(prompts), seeds=list(seeds), **options)
-        bar.update(len(prompts))
-    bar.close()
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts with right answers
 
 
-def grade_prompts(model, split: str, seeds: int, **options):
-    """Every triple of a split on every background, `seeds` times each.
+@dataclass
+class Report:
+    """What the grader says of a model's videos."""
 
-    Returns (names of what was graded -> how often right, number of videos, wrong cuts, failures, tracks), a failure
-    being (prompt, seed, what the grader read, video).
-    """
+    videos: int
+    right: Counter  # of ANSWERS: in how many videos
+    wrong_cuts: int
+    failures: list  # (prompt, seed, what was read, video)
+    tracks: torch.Tensor  # (N, 8 T - 2), see `track`
+
+
+def sample_all(model: sd.Model, jobs, request: Request, batch_size: int):
+    """Yield a video, uint8 (T, H, W, 3), for each of the jobs, (prompt, seed), in their order."""
+    with tqdm(total=len(jobs), unit="video", desc="sample", file=sys.stderr) as bar:
+        for at in range(0, len(jobs), batch_size):
+            prompts, seeds = zip(*jobs[at : at + batch_size])
+            videos = generate(model, replace(request, prompt=prompts), seeds=seeds)
+            bar.update(len(videos))
+            yield from videos
+
+
+def grade_prompts(model: sd.Model, split: str, seeds: int, request: Request, batch_size=8) -> Report:
+    """Every triple of a split on every background, `seeds` times each; the prompts of the request are not used."""
     jobs = [(toy.caption(*scene), seed) for scene in toy.scenes(split) for seed in range(seeds)]
     right, cuts, failures, tracks = Counter(), 0, [], []
-    for (prompt, seed), video in zip(jobs, sample_all(model, jobs, **options)):
+    for (prompt, seed), video in zip(jobs, sample_all(model, jobs, request, batch_size)):
         seen, wanted = toy.grade(video), toy.expected(prompt)
         read = [getattr(seen, name) for name in ANSWERS]
         for name, got, want in zip(ANSWERS, read, wanted):
             right[name] += got == want  # None, "cannot tell", is wrong
         cuts += seen.wrong_cut
         tracks.append(track(seen))
-        if tuple(read) != tuple(wanted) or seen.wrong_cut:
+        if tuple(read) != wanted or seen.wrong_cut:
             failures.append((prompt, seed, read + ["wrong cut"] * seen.wrong_cut, video))
-    return right, len(jobs), cuts, failures, torch.stack(tracks)
+    return Report(len(jobs), right, cuts, failures, torch.stack(tracks))
 
 
 def track(seen: toy.Grade) -> torch.Tensor:
@@ -73,7 +88,11 @@ def trajectory_distances(tracks: torch.Tensor, split: str, seeds: int, fps: floa
     return {"model": frechet_distance(*gaussians[:2]), "true": frechet_distance(*gaussians[1:])}
 
 
-def grade_fps(model, split: str, fps_values, **options):
+# ---------------------------------------------------------------------------------------------------------------------
+# Motion against the frame rate asked for
+
+
+def grade_fps(model: sd.Model, split: str, fps_values, request: Request, batch_size=8):
     """FPS -> (median px a frame along the asked direction, share of the clips where a motion can be read, scatter).
 
     The scatter is the mean distance between the shape in two consecutive frames: large where frames are unrelated.
@@ -83,7 +102,7 @@ def grade_fps(model, split: str, fps_values, **options):
     table = {}
     for fps in fps_values:
         speeds, steps = [], []
-        for (prompt, _), video in zip(jobs, sample_all(model, jobs, fps=fps, **options)):
+        for (prompt, _), video in zip(jobs, sample_all(model, jobs, replace(request, fps=fps), batch_size)):
             seen, wanted = toy.grade(video), toy.DIRECTIONS[toy.expected(prompt)[2]]
             times = np.flatnonzero(~np.isnan(seen.centers[:, 0]))
             if len(times) < 3:
@@ -95,49 +114,85 @@ def grade_fps(model, split: str, fps_values, **options):
     return table
 
 
-def command_toy(args):
-    for option in ("json", "failures"):  # now, not after minutes
-        if getattr(args, option):
-            check_writable(getattr(args, option))
-    if args.failures and not args.failures.lower().endswith(".png"):
-        raise ValueError(f"--failures {args.failures}: the file must end in .png")
-    model = load(args.ckpt, args.device)
-    guidance = model.settings.guidance if args.guidance is None else args.guidance
-    eta = model.settings.eta if args.eta is None else args.eta
-    options = {"steps": args.steps, "guidance": guidance, "eta": eta}
-    right, n, cuts, failures, tracks = grade_prompts(model, args.split, args.seeds, **options)
-    print(f"{args.ckpt}, {args.split} triples, {n} videos, {args.steps} steps, guidance {guidance:g}, eta {eta:g}")
-    result = {"ckpt": args.ckpt, "split": args.split, "videos": n, **options}
-    for name, count in [*((name, right[name]) for name in ANSWERS), ("wrong cuts", cuts)]:
-        low, high = wilson(count, n)
-        print(f"  {name:<11}{count:>5} / {n}   {count / n:6.1%}   [{low:.1%}, {high:.1%}]")
-        result[name] = {"count": count, "low": low, "high": high}
-    far = result["trajectories"] = trajectory_distances(tracks, args.split, args.seeds, model.settings.fps)
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@dataclass
+class Options:
+    ckpt: str = option("", "the model (default: the tiny one that ships)")
+    split: str = option("test", "test: held-out triples; val: those that guidance, eta and checkpoint are chosen on",
+                        choices=("test", "val", "train"))
+    seeds: int = option(4, "videos a prompt", low=1)
+    steps: int = option(50, "sampling steps", low=1, high=NoiseSchedule.timesteps)
+    guidance: float | None = option(None, "guidance scale (default: the model's)")
+    eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
+    no_fps: bool = option(False, "leave out the table of motion against FPS")
+    json: str = option("", "append the numbers to a JSON-lines file", metavar="FILE")
+    failures: str = option("", "a picture of the videos that were graded wrong", metavar="FILE.png")
+    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
+    dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
+                        choices=DTYPES)
+
+
+def main():
+    o = parse(Options, __doc__)
+    if o.failures and not o.failures.lower().endswith(".png"):
+        raise ValueError(f"failures must end in .png, got {o.failures}")
+    for path in filter(None, (o.json, o.failures)):  # now, not after minutes
+        check_writable(path)
+    device = pick_device(o.device)
+    dtype = pick_dtype(o.dtype, device)
+    model = sd.load(o.ckpt or SHIPPED, device, dtype)
+    request = Request("any", steps=o.steps, guidance=o.guidance, eta=o.eta).resolve(model)
+    report = grade_prompts(model, o.split, o.seeds, request)
+    result = {"ckpt": os.path.basename(o.ckpt or SHIPPED), "split": o.split, "videos": report.videos, "steps": o.steps,
+              "guidance": request.guidance, "eta": request.eta, "dtype": str(dtype).removeprefix("torch.")}
+    print("{ckpt}, {split} triples, {videos} videos, {steps} steps, guidance {guidance:g}, eta {eta:g}, {dtype}".format(
+        **result))
+    result |= print_shares(report)
+    far = result["trajectories"] = trajectory_distances(report.tracks, o.split, o.seeds, request.fps)
     print(f"  Fréchet distance of trajectories to true ones {far['model']:.1f}, of two true sets {far['true']:.1f}")
-    if not args.no_fps:
-        print("  FPS   px a frame   10/FPS   ratio   px between frames")
-        for fps, row in grade_fps(model, args.split, (4, 8, 15, 30, 60, 120, 0), **options).items():
-            speed, _, scatter = row or (math.nan, 0, math.nan)
-            true = f"{10 / fps:8.2f} {speed * fps / 10:7.2f}" if 1 <= fps <= 60 else " " * 16
-            print(f"  {fps:>3}   {speed:10.3f} {true}   {scatter:17.2f}")
-            result[f"fps {fps}"] = {"px_per_frame": speed, "px_between_frames": scatter}
-    if args.json:
-        with open(args.json, "a", encoding="utf-8") as file:
+    if not o.no_fps:
+        result |= print_fps(grade_fps(model, o.split, (4, 8, 15, 30, 60, 120, 0), request))
+    if o.json:
+        with open(o.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
-    if args.failures and failures:
-        show_failures(args.failures, failures)
+    if o.failures and report.failures:
+        show_failures(o.failures, report.failures[:24])
+
+
+def print_shares(report: Report) -> dict:
+    """Print how often each answer is right -> the same numbers."""
+    numbers = {}
+    for name, count in [*((name, report.right[name]) for name in ANSWERS), ("wrong cuts", report.wrong_cuts)]:
+        low, high = wilson(count, report.videos)
+        print(f"  {name:<11}{count:>5} / {report.videos}   {count / report.videos:6.1%}   [{low:.1%}, {high:.1%}]")
+        numbers[name] = {"count": count, "low": low, "high": high}
+    return numbers
+
+
+def print_fps(table) -> dict:
+    """Print the table of `grade_fps` -> the same numbers."""
+    numbers = {}
+    print("  FPS   px a frame   10/FPS   ratio   px between frames")
+    for fps, row in table.items():
+        speed, _, scatter = row or (math.nan, 0, math.nan)
+        true = f"{10 / fps:8.2f} {speed * fps / 10:7.2f}" if 1 <= fps <= 60 else " " * 16
+        print(f"  {fps:>3}   {speed:10.3f} {true}   {scatter:17.2f}")
+        numbers[f"fps {fps}"] = {"px_per_frame": speed, "px_between_frames": scatter}
+    return numbers
 
 
 def show_failures(path: str, failures):
-    """A picture with one row a failed video; what was asked and read is printed."""
-    rows = [contact_sheet_row(video) for *_, video in failures[:24]]
-    Image.fromarray(np.concatenate(rows)).save(path)
+    """Write a picture with a row for each failed video, and print what was asked and read."""
+    frames = np.concatenate([video for *_, video in failures])
+    with beside(path) as part:
+        Image.fromarray(contact_sheet(frames, cols=len(frames) // len(failures))).save(part, "PNG")
     print(f"  failures, row by row ({path}):")
-    for prompt, seed, read, _ in failures[:24]:
+    for prompt, seed, read, _ in failures:
         print(f"    {prompt!r} seed {seed}: read {', '.join(str(answer) for answer in read)}")
 
 
-def contact_sheet_row(video):
-    """(T, H, W, 3) -> (H + 2, T * (W + 2), 3)."""
-    return np.pad(video, ((0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255).transpose(1, 0, 2, 3).reshape(
-        video.shape[1] + 2, -1, 3)
+if __name__ == "__main__":
+    run(main)

@@ -1,28 +1,32 @@
-"""x"""
+"""What the VAE loses: PSNR and SSIM of frames encoded one by one, as here, and stitched first, as in the paper
+(appendix H).
+
+    python -m lab.evals.vae --ckpt weights/tiny.safetensors
+"""
 
 import itertools
+import os
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+import sd
+from cli import option, parse, read_size, run
 from clips.decode import Bad
 from grid import fold, grid_shape, unfold
 from lab import toy
-from lab.evals.fvd import VideoSet
+from lab.evals.fvd import ListedVideos
 from lab.metrics import psnr, ssim_map
-from sample import check_frames
-from sd.checkpoint import load, parse_size
+from sample import SHIPPED
+from sd.device import pick_device
 from sd.vae import encode_frames
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The VAE (appendix H): frames encoded one by one, or stitched first
-
 
 BORDER = 8  # pixels from a frame's edge: one latent pixel of Stable Diffusion
 
 
-def reconstructions(model, frames: torch.Tensor):
+def reconstructions(model: sd.Model, frames: torch.Tensor):
     """frames uint8 (T, 3, H, W) -> what comes back in 0..1, encoded one by one and as one stitched image."""
     rows, cols = grid_shape(len(frames))
     for images in (frames, fold(frames[None], rows, cols)):
@@ -32,19 +36,18 @@ def reconstructions(model, frames: torch.Tensor):
         yield back if len(back) == len(frames) else unfold(back, rows, cols)[0]
 
 
-def vae_scores(model, clips) -> dict[str, dict[str, float]]:
+def vae_scores(model: sd.Model, clips) -> dict[str, dict[str, float]]:
     """How -> PSNR and SSIM inside the frames and along their borders, the mean over clips."""
     scores = {"one by one": [], "stitched": []}
     for frames in clips:
         true = frames.float() / 255
-        height, width = true.shape[-2:]
-        border = torch.ones(height, width)
+        border = torch.ones(true.shape[-2:])
         border[BORDER:-BORDER, BORDER:-BORDER] = 0
         for how, back in zip(scores, reconstructions(model, frames)):
-            similar, edge = ssim_map(true, back.cpu()), border[3:-3, 3:-3]
-            mean = similar.mean(dim=(0, 1))
-            scores[how].append([psnr(true, back.cpu(), 1 - border), psnr(true, back.cpu(), border),
-                                (mean * (1 - edge)).sum() / (1 - edge).sum(), (mean * edge).sum() / edge.sum()])
+            back = back.cpu()
+            similar, edge = ssim_map(true, back).mean(dim=(0, 1)), border[3:-3, 3:-3]
+            scores[how].append([psnr(true, back, 1 - border), psnr(true, back, border),
+                                (similar * (1 - edge)).sum() / (1 - edge).sum(), (similar * edge).sum() / edge.sum()])
     names = "PSNR inside", "PSNR border", "SSIM inside", "SSIM border"
     return {how: dict(zip(names, np.mean(rows, axis=0).tolist())) for how, rows in scores.items()}
 
@@ -58,26 +61,41 @@ def toy_clips(frames: int):
 
 
 def listed_clips(path: str, frames: int, size: tuple[int, int]):
-    """The usable clips of a list."""
-    videos = VideoSet(path, frames, size, None, None)
+    """The usable clips of a list, uint8 (T, 3, H, W) each."""
+    videos = ListedVideos(path, frames, size, fps=None)
     for i in range(len(videos)):
         try:
-            yield torch.from_numpy(videos.clip(i, 0)).permute(0, 3, 1, 2)
+            yield torch.from_numpy(videos.clip(i, seed=0)).permute(0, 3, 1, 2)
         except Bad as error:
             print(f"skipped {videos.name(i)}: {error}", file=sys.stderr)
 
 
-def command_vae(args):
-    model = load(args.ckpt, args.device)
-    size = parse_size(args.size) if args.size else (model.settings.width, model.settings.height)
-    frames = args.frames or model.settings.frames
-    check_frames(frames)
-    clips = listed_clips(args.video, frames, size) if args.video else toy_clips(frames)
-    clips = list(itertools.islice(clips, args.clips))
+@dataclass
+class Options:
+    ckpt: str = option("", "the model (default: the tiny one that ships)")
+    video: str = option("", "clips to encode (default: true renders of the toy world)", metavar="LIST")
+    clips: int = option(48, "at most", low=1)
+    frames: int | None = option(None, "of a clip (default: the model's)", low=1)
+    size: tuple[int, int] | None = option(None, "of frames of a list (default: the model's)", metavar="WxH",
+                                          read=read_size)
+    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
+
+
+def main():
+    o = parse(Options, __doc__)
+    model = sd.load(o.ckpt or SHIPPED, pick_device(o.device))
+    frames = o.frames or model.settings.frames
+    size = o.size or (model.settings.width, model.settings.height)
+    model.check_size(*size, frames)
+    clips = list(itertools.islice(listed_clips(o.video, frames, size) if o.video else toy_clips(frames), o.clips))
     if not clips:
-        raise ValueError("there is no clip to encode")
+        raise ValueError(f"no video of {o.video} can be used")
     scores = vae_scores(model, clips)
-    print(f"{args.ckpt}, {len(clips)} clips of {frames} frames; border: {BORDER} pixels")
+    print(f"{os.path.basename(o.ckpt or SHIPPED)}, {len(clips)} clips of {frames} frames; border: {BORDER} pixels")
     print(f"{'':<12}" + "".join(f"{name:>13}" for name in scores["stitched"]))
     for how, row in scores.items():
         print(f"{how:<12}" + "".join(f"{value:>13.{2 if name[0] == 'P' else 4}f}" for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    run(main)
