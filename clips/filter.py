@@ -69,7 +69,7 @@ class ClipScore:
                 name, pretrained, device=self.device, precision=precision)
             self.tokenize = open_clip.get_tokenizer(name)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"CLIP model {name} ({pretrained}) cannot be loaded: {one_line(error)}") from error
+            raise ValueError(f"CLIP model {name} ({pretrained}) cannot be loaded: {one_line(error)[:200]}") from error
         self.model.eval().requires_grad_(False)
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:

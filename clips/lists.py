@@ -167,15 +167,16 @@ class Records:
             self.text = np.frombuffer(text or b"", np.uint8)
         bounds = np.insert(row_ends(path) if rows else line_ends(self.text), 0, 0)
         self.spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
-        short = np.flatnonzero(np.diff(bounds) <= 2)  # "\r\n" has two characters
-        self.spans = np.delete(self.spans, [i for i in short if not self[i].strip()], axis=0)
+        short = np.flatnonzero(np.diff(bounds) <= 2)  # a blank line is "\n" or "\r\n"
+        self.spans = np.delete(self.spans, [i for i in short if not self[i].strip("\r\n")], axis=0)
 
     def __len__(self):
         return len(self.spans)
 
     def __getitem__(self, i: int) -> str:
         first, last = self.spans[i]
-        return self.text[first:last].tobytes().decode("utf-8-sig", errors="replace")
+        encoding = "utf-8" if first else "utf-8-sig"  # a byte order mark at the beginning is no text
+        return self.text[first:last].tobytes().decode(encoding, errors="replace")
 
     def __getstate__(self):
         return self.__dict__ | ({"text": None} if isinstance(self.text, np.memmap) else {})
@@ -186,7 +187,7 @@ class Records:
             self.text = np.memmap(self.path, np.uint8, "r")
 
 
-def line_ends(text: np.ndarray, chunk=1 << 24) -> np.ndarray:
+def line_ends(text: np.ndarray, chunk=1 << 20) -> np.ndarray:
     """The byte behind each line."""
     ends = [np.flatnonzero(text[at : at + chunk] == ord("\n")) + at + 1 for at in range(0, len(text), chunk)]
     return np.concatenate([*ends, [len(text)]])

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import re
 import runpy
@@ -16,6 +17,8 @@ import torch
 from references import FAMILIES, reference, save_reference
 
 import sd
+from clips.encode import encode
+from clips.samples import Spec
 from lab import toy
 from sd.presets import PRESETS
 
@@ -192,3 +195,35 @@ def wait_for(log, step: int, process, start=0):
             int(n) >= step for n in re.findall(r"step (\d+)/", log.read_text()[start:])):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples of the toy world
+
+SPEC = Spec(4, 32, 32, fps_values=(4, 8), starts=2, draws=3, seed=5)
+
+
+@pytest.fixture(scope="session")
+def lists(world):
+    files = {"video": "videos.csv", "label": "labels", "caption": "images.jsonl"}
+    return {source: os.path.join(world, name) for source, name in files.items()}
+
+
+@pytest.fixture(scope="session")
+def encoded(lists, micro, tmp_path_factory):
+    """A folder of samples encoded ahead."""
+    out = str(tmp_path_factory.mktemp("encoded") / "clips")
+    encode(sd.load(micro), lists, out, SPEC)
+    return out
+
+
+@pytest.fixture
+def bad_lists(lists, tmp_path):
+    """The toy world with one of four captioned images missing and one broken."""
+    lines = [json.loads(line) for line in open(lists["caption"])]
+    for line in lines:
+        line["path"] = os.path.join(os.path.dirname(lists["caption"]), line["path"])
+    lines[2]["path"], lines[5]["path"] = str(tmp_path / "missing.png"), str(tmp_path / "broken.png")
+    (tmp_path / "broken.png").write_text("no image")
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lists | {"caption": str(tmp_path / "images.jsonl")}

@@ -1,0 +1,49 @@
+"""The check of a list, as a command on real files."""
+
+import json
+import os
+import shutil
+
+from footage import write_clip
+
+
+def test_check_counts_by_reason_and_names_every_case(tmp_path, run):
+    write_clip(tmp_path / "good.mp4", range(0, 1200, 20))
+    write_clip(tmp_path / "short.mp4", range(0, 100, 20))
+    shutil.copy(tmp_path / "good.mp4", tmp_path / "copy.mp4")
+    (tmp_path / "text.mp4").write_text("no video")
+    cut = (tmp_path / "good.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(cut[:-300])
+    lines = [{"path": f"{name}.mp4", "caption": "x"} for name in ("good", "short", "copy", "text", "cut", "missing")]
+    lines += [{"path": "good.mp4"}, {"caption": "x"}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run("clips.check", tmp_path / "list.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in map(json.loads, (tmp_path / "list.jsonl.check.jsonl").read_text().splitlines()):
+        found[line["item"]] = line["reason"]
+    assert sorted(found) == [1, 2, 3, 4, 5, 6, 7]
+    assert found[1] == "too short" and found[2] == f"the same as {tmp_path}/good.mp4" and found[5] == "missing"
+    assert found[6] == "no caption" and "path" in found[7]
+    assert "8 items, 1 files that can be used, 7 that cannot" in done.stdout
+    for reason in ("too short", "duplicated", "missing", "no caption"):
+        assert f"       1  {reason}\n" in done.stdout
+
+
+def test_check_of_images(world, tmp_path, run):
+    shutil.copytree(os.path.join(world, "labels"), tmp_path / "labels")
+    folder = sorted((tmp_path / "labels").iterdir())[3]
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8")
+    (tmp_path / "labels" / "a label without images").mkdir()
+    done = run("clips.check", tmp_path / "labels", "--source", "label")
+    assert done.returncode == 0, done.stderr
+    assert "1  not an image that can be read" in done.stdout and "1  no image in it" in done.stdout
+    assert str(folder / "broken.jpg") in (tmp_path / "labels" / "labels.check.jsonl").read_text()
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path, run):
+    (tmp_path / "list.jsonl").write_text('{"path": "a.png", "caption": "one"}\n')
+    (tmp_path / "list.jsonl.check.jsonl.part").mkdir()
+    done = run("clips.check", tmp_path / "list.jsonl", "--source", "caption")
+    assert done.returncode == 2 and "list.jsonl.check.jsonl cannot be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,83 @@
+"""Encoding ahead, as a function and as a command."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+from conftest import SPEC
+
+import sd
+from clips.encode import encode
+from clips.jobs import appending
+
+
+def test_encode_refuses_to_overwrite(encoded, lists, micro):
+    with pytest.raises(ValueError, match="is there already"):
+        encode(sd.load(micro), lists, encoded, SPEC)
+
+
+def test_an_interrupted_encoding_goes_on(encoded, lists, micro, tmp_path):
+    """With a torn index and a lost shard the rest is kept, and what comes out is the same."""
+    out, left = tmp_path / "clips", tmp_path / "clips.part"
+    shutil.copytree(encoded, left)
+    lines = (left / "index.jsonl").read_text().splitlines(keepends=True)
+    (left / "index.jsonl").write_text("".join(lines[:150]) + lines[150][:40])
+    (left / "caption-000000.safetensors").unlink()
+    kept = (left / "video-000000.safetensors").stat().st_mtime_ns
+    encode(sd.load(micro), lists, str(out), SPEC)
+    assert (out / "index.jsonl").read_text().splitlines(keepends=True) == lines
+    assert (out / "video-000000.safetensors").stat().st_mtime_ns == kept
+    for name in os.listdir(encoded):
+        with open(os.path.join(encoded, name), "rb") as one, open(out / name, "rb") as two:
+            assert one.read() == two.read(), name
+    shutil.copytree(out, left)
+    shutil.rmtree(out)
+    with pytest.raises(ValueError, match="other settings"):
+        encode(sd.load(micro), lists, str(out), replace(SPEC, frames=6))
+
+
+def test_two_processes_do_not_write_one_folder(encoded, lists, micro, tmp_path, monkeypatch):
+    """Whoever comes while another encodes is told, and changes nothing; so is who comes just as it ends."""
+    out, left, model = tmp_path / "clips", tmp_path / "clips.part", sd.load(micro)
+    shutil.copytree(encoded, left)
+    before = (left / "index.jsonl").read_text()
+    with appending(str(left / "index.jsonl")):
+        with pytest.raises(ValueError, match="index.jsonl is being written by another process"):
+            encode(model, lists, str(out), SPEC)
+    assert (left / "index.jsonl").read_text() == before and not out.exists()
+
+    monkeypatch.setattr("clips.encode.os.makedirs", lambda path, exist_ok: out.mkdir())
+    with pytest.raises(ValueError, match="clips is there already"):
+        encode(model, lists, str(out), SPEC)
+    assert (left / "index.jsonl").read_text() == before
+
+
+def test_encode_refuses_torchrun(run, lists, micro, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run("clips.encode", tmp_path / "o", "--ckpt", micro, "--caption", lists["caption"])
+    assert done.returncode == 2 and "not with torchrun" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not os.listdir(tmp_path)
+
+
+def test_encode_command(run, lists, micro, tmp_path):
+    done = run("clips.encode", tmp_path / "o", "--ckpt", micro, "--caption", lists["caption"], "--size", "32x32",
+               "--frames", 4)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "o" / "index.jsonl").read_text().splitlines()) == 8
+    done = run("clips.encode", tmp_path / "p", "--ckpt", micro)
+    assert done.returncode == 2 and "nothing to encode" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run("clips.encode", "/dev/null/out", "--ckpt", micro, "--caption", lists["caption"], "--size", "32x32")
+    assert done.returncode == 2 and done.stderr == "clips.encode: /dev/null/out.part: Not a directory\n"
+    assert os.listdir(tmp_path) == ["o"]
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--frames", "7"], "frames must make a grid, got 7"), (["--size", "60x64"], "width must be divisible by 8"),
+    (["--fps", "0"], "fps must be in 1..60, got 0"), (["--draws", "0"], "draws must be >= 1, got 0"),
+    (["--device", "cpu:4"], "device cpu:4 is not here"), (["--seed", "-1"], "seed must be >= 0, got -1"),
+    (["--ckpt", ""], "ckpt must be given"), (["--video", "nowhere.csv", "--size", "32x32"], "nowhere.csv")])
+def test_encode_says_mistakes_in_one_line(world, micro, tmp_path, run, options, says):
+    done = run("clips.encode", tmp_path / "out", "--ckpt", micro, "--label", f"{world}/labels", *options)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,63 @@
+"""Work in threads, and files that one process appends to."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from clips.jobs import appending, in_threads
+
+
+def test_results_come_in_order_and_few_are_begun_ahead():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        return i * i
+
+    with in_threads(work, range(100), threads=3, ahead=5) as results:
+        for i, result in enumerate(results):
+            assert result == i * i and len(begun) <= i + 6
+    assert sorted(begun) == list(range(100))
+
+
+def test_whoever_leaves_early_waits_only_for_what_is_being_computed():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        time.sleep(i and 0.5)
+
+    with pytest.raises(KeyboardInterrupt):
+        with in_threads(work, range(100), threads=2, ahead=50) as results:
+            next(results)
+            raise KeyboardInterrupt
+    assert len(begun) < 50
+
+
+def test_an_error_of_the_work_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        with in_threads(lambda i: 1 // (3 - i), range(9)) as results:
+            list(results)
+
+
+def test_a_torn_line_is_cut_off(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    for torn in ("", "1\n2", "1\n2\n"):
+        path.write_text(torn)
+        with appending(str(path)) as file:
+            whole = file.read()
+            file.write(b"3\n")
+        assert path.read_bytes() == whole + b"3\n" and whole.decode() == torn[: torn.rfind("\n") + 1]
+
+
+def test_one_process_at_a_time(tmp_path):
+    path = str(tmp_path / "lines.jsonl")
+    with appending(path):
+        other = f"from clips.jobs import appending\nwith appending({path!r}): pass"
+        done = subprocess.run([sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert "ValueError" in done.stderr and "lines.jsonl is being written by another process" in done.stderr
+    with appending(path):
+        pass

@@ -1,0 +1,103 @@
+"""Clips for tests, whose frames show their own number; and files that are damaged, or no clips at all."""
+
+import os
+import random
+from fractions import Fraction
+
+import av
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT, BITS = 96, 64, 6
+CODECS = {  # container, pixel format, options
+    "libx264": ("mp4", "yuv420p", {"crf": "10", "bf": "3", "g": "12"}),
+    "libx265": ("mp4", "yuv420p", {"crf": "10", "x265-params": "log-level=none:keyint=12:bframes=3"}),
+    "libvpx-vp9": ("webm", "yuv420p", {"crf": "10", "b": "0", "deadline": "realtime", "cpu-used": "8", "g": "12"}),
+    "libsvtav1": ("mkv", "yuv420p", {"crf": "10", "preset": "10", "svtav1-params": "keyint=12"}),
+    "mpeg4": ("avi", "yuv420p", {"q": "2", "bf": "2", "g": "12"}),
+    "gif": ("gif", "rgb8", {}),
+}
+
+
+def picture(n, width=WIDTH, height=HEIGHT):
+    """The number n as black and white bars, lowest bit on the left."""
+    bars = [255 * (n >> bit & 1) for bit in range(BITS)]
+    return np.repeat(np.repeat([bars], height, 0), width // BITS, 1)[..., None].repeat(3, 2).astype(np.uint8)
+
+
+def number(pixels):
+    """Of a tensor (3, H, W) that shows picture(n)."""
+    bars = pixels.float().mean(0)[:, : pixels.shape[-1] // BITS * BITS].mean(0).reshape(BITS, -1).mean(1)
+    return sum((value > 127).item() << bit for bit, value in enumerate(bars))
+
+
+def write_clip(path, times, codec="libx264", tick=Fraction(1, 600), rotation=0, pixels=picture, aspect=None,
+               **container):
+    """A clip whose frame n shows picture(n) from times[n] on, in units of `tick`."""
+    _, pix_fmt, options = CODECS.get(codec, ("mp4", "yuv420p", {}))
+    with av.open(str(path), "w", container_options=container) as file:
+        stream = file.add_stream(codec, rate=30, options=options)
+        stream.height, stream.width = pixels(0).shape[:2]
+        stream.pix_fmt, stream.codec_context.time_base = pix_fmt, tick
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for n, at in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(pixels(n)).reformat(format=pix_fmt)
+            frame.pts, frame.time_base = at, tick
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def damaged(folder, good, count, seed=0):
+    """`count` files made from good ones, as paths: each a kind of damage in turn, at a random place."""
+    rng = random.Random(seed)
+    for n in range(count):
+        data, path = bytearray(good[n % len(good)].read_bytes()), folder / f"{n:04d}{good[n % len(good)].suffix}"
+        kind = n // len(good) % 8
+        if kind == 0:
+            data = data[: rng.randrange(len(data))]  # cut anywhere
+        elif kind == 1:
+            data = data[: rng.randrange(200)]  # hardly a header
+        elif kind == 2:
+            for _ in range(rng.choice([1, 10, 100, 1000])):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == 3:
+            at = rng.randrange(len(data))
+            data[at : at + 500] = bytes(500)  # a hole
+        elif kind == 4:
+            for _ in range(8):  # where sizes, rates and durations stand
+                data[rng.randrange(min(len(data), 800))] = rng.choice([0, 127, 255])
+        elif kind == 5:
+            at = data.find(rng.choice([b"mvhd", b"mdhd", b"stts", b"tkhd", b"avcC", b"stsz", b"elst"]))
+            data[max(at, 0) + 4 : max(at, 0) + 40] = rng.randbytes(36)
+        elif kind == 6:
+            data = rng.randbytes(rng.randrange(5000))
+        else:
+            at = rng.randrange(len(data))
+            data = data[at:] + data[:at]  # the halves exchanged
+        path.write_bytes(data)
+        yield path
+
+
+def odd_files(folder, good):
+    """What else is found under the name of a video; some of it would lead to the good one."""
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("a caption, not a video\n" * 50)
+    (folder / "playlist.mp4").write_text(f"#EXTM3U\n#EXTINF:2,\n{good}\n#EXT-X-ENDLIST\n")
+    (folder / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {good}\n")
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "fifo.mp4")
+    os.symlink("nowhere", folder / "link.mp4")
+    Image.new("RGB", (64, 64)).save(folder / "image.png")
+    os.rename(folder / "image.png", folder / "image.mp4")
+    with av.open(str(folder / "audio.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), "fltp", "mono")
+        frame.rate = 44100
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    write_clip(folder / "one.mp4", [0])
+    return [folder / name for name in ("empty.mp4", "text.mp4", "playlist.mp4", "concat.mp4", "folder.mp4", "fifo.mp4",
+                                       "link.mp4", "image.mp4", "audio.mp4", "one.mp4", "missing.mp4")]
