@@ -24,7 +24,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
-        from open_clip.transformer import QuickGELU, TextTransformer  # seconds to import, and only needed here
+        with torch.device("cpu"):  # what it imports computes, up to torch 2.8, and must not do so on "meta"
+            from open_clip.transformer import QuickGELU, TextTransformer  # seconds to import, and only needed here
 
         self.cfg = cfg
         self.model = TextTransformer(

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from dataclasses import asdict, replace
 
 import huggingface_hub
@@ -18,14 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import Grid, UNetConfig
-from sd import Settings, build, checkpoint, load, save
+from sd import Settings, build, checkpoint, load, save, sources
 from sd.checkpoint import model_tensors
 from sd.presets import MICRO, TINY, ModelConfig
 from sd.settings import LAYOUTS
 from sd.text import TextConfig
 from sd.vae import VAEConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not say what it predicts")
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -129,7 +127,7 @@ def test_folder_with_a_shard_missing(family, tmp_path):
 
 
 @pytest.mark.parametrize("file, change, message", [
-    ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is 'linear'.*'scaled_linear'"),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, "understood are scaled_linear"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 100}, "num_train_timesteps is 100"),
     ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "'sample'; understood are epsilon, v_pred"),
     ("scheduler/scheduler_config.json", {"timestep_spacing": "linspace"}, "'linspace'; understood are leading, trail"),
@@ -151,6 +149,14 @@ def test_zero_snr_and_trailing(tmp_path):
     edit(tmp_path / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     settings = load(path).settings
     assert settings.zero_snr and settings.spacing == "trailing" and settings.prediction == "v"
+
+
+def test_linear_betas(tmp_path):
+    """As the schedule of AnimateDiff's modules is."""
+    path = save_reference("SD 1", tmp_path)
+    assert load(path).settings.beta_schedule == "scaled_linear"
+    edit(tmp_path / "scheduler/scheduler_config.json", beta_schedule="linear")
+    assert load(path).settings.beta_schedule == "linear"
 
 
 def test_folder_that_is_none(tmp_path):
@@ -238,15 +244,13 @@ def test_family_tells_what_shapes_do_not(family, folder, tensors, tmp_path):
     assert file.text.cfg == published.text.cfg
 
 
-def test_prediction(family, tensors, tmp_path):
+def test_prediction(family, tensors, tmp_path, capsys):
     path = str(tmp_path / "model.safetensors")
     save_file(tensors, path)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert load(path).settings.prediction == "epsilon"
-        assert load(path, prediction="v").settings.prediction == "v"
-    told = [str(w.message) for w in caught if "does not say what it predicts" in str(w.message)]
-    assert len(told) == (family == "SD 2")  # every SD 1 predicts the noise; SD 2 does either
+    assert load(path).settings.prediction == "epsilon"
+    assert load(path, prediction="v").settings.prediction == "v"
+    told = capsys.readouterr().err.count("does not say what it predicts")
+    assert told == (family == "SD 2")  # every SD 1 predicts the noise; SD 2 does either
     model = load(path, prediction="v")
     save(model, path)
     assert load(path).settings.prediction == "v"
@@ -394,7 +398,7 @@ def test_text_tower_of_24_layers_and_of_23(tmp_path, monkeypatch):
     save_file({k: v for k, v in load_file(whole).items() if "resblocks.23." not in k and "text_projection" not in k},
               short)
     told = {"unet": {"norm_groups": 8}, "vae": {"norm_groups": 1}, "text": {}}  # what of TINY shapes do not tell
-    monkeypatch.setitem(checkpoint.FAMILY, "SD 2", told)
+    monkeypatch.setitem(sources.FAMILY, "SD 2", told)
     save(load(whole), whole)
     save(load(short), short)
     a, b = load(whole), load(short)
@@ -585,7 +589,7 @@ def test_memory_while_loading(tmp_path, kind, stored, wanted):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Full size: python -m pytest -m slow tests/test_checkpoint.py. Three minutes, 12 GB of memory, 21 GB of disk.
+# Full size: python -m pytest -m slow tests/sd/test_checkpoint.py. Three minutes, 12 GB of memory, 21 GB of disk.
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import av
 from conftest import ROOT, script
 
 from lab import toy
-from sample import SHIPPED, generate
-from sd.checkpoint import load
+from sample import SHIPPED, Request, generate
+from sd import load
 
 RUNS = {"tiny_vae", "tiny_vae_finish", "tiny_first", "tiny_frames", "tiny_all", "tiny_finish", "tiny_green",
         "tiny_last", "tiny_polish"}
@@ -48,7 +48,7 @@ def test_shipped_weights_draw_what_is_asked_for():
     """One video of each direction, of held-out triples: the motion and the background must be those of the prompt."""
     chosen = {direction: (color, shape, direction) for color, shape, direction in toy.triples("test")}
     prompts = [toy.caption(*triple, background) for triple, background in zip(chosen.values(), toy.BACKGROUNDS)]
-    videos = generate(load(SHIPPED), prompts, seeds=[0] * len(prompts))
+    videos = generate(load(SHIPPED), Request(tuple(prompts)))
     seen = [toy.grade(video) for video in videos]
     assert len(seen) == 4
     assert sum(grade.direction == direction for grade, direction in zip(seen, chosen)) >= 3
