@@ -199,6 +199,17 @@ def test_a_list_with_nothing_in_it_that_can_be_used_ends_in_one_line(tmp_path, w
         list(batches(s, 0, 3, workers))
 
 
+class Broken(Stream):
+    def batch(self, n):
+        json.loads("no JSON")
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback(lists):
+    s = Broken(LiveClips({"caption": lists["caption"]}, SPEC), {"caption": 1}, 4)
+    with pytest.raises(RuntimeError, match='json.loads\\("no JSON"\\)'):
+        list(batches(s, 0, 3, workers=1))
+
+
 class Hanging(Stream):
     def batch(self, n):
         time.sleep(60)

@@ -1,5 +1,8 @@
 """Samples encoded ahead are those read live."""
 
+import shutil
+
+import pytest
 import torch
 from conftest import SPEC
 
@@ -21,3 +24,11 @@ def test_encoded_samples_are_the_vae_of_the_live_ones(encoded, lists, micro):
             torch.testing.assert_close(one.data, torch.cat([mean, logvar], dim=1).half(), atol=2e-3, rtol=2e-3)
     chosen = {(s.fps, s.k) for u in (0.1, 0.6) for v in (0.1, 0.6) for s in [live.sample("video", 0, u, v)]}
     assert chosen == {(4, 0), (4, 1), (8, 0), (8, 1)}
+
+
+def test_a_damaged_index_is_refused(encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "clips")
+    index = tmp_path / "clips" / "index.jsonl"
+    index.write_text(index.read_text().replace('"source": "label"', '"source": "lable"', 1))
+    with pytest.raises(ValueError, match="index.jsonl is damaged"):
+        EncodedClips(str(tmp_path / "clips"))

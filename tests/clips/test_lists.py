@@ -129,7 +129,7 @@ def test_rows_of_csv_are_those_of_the_csv_module(tmp_path_factory, rows, ending,
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.sampled_from('ab",\n\r'), max_size=20))
+@given(st.text(st.sampled_from('ab", \n\r'), max_size=20))
 def test_no_row_is_lost_however_it_is_quoted(tmp_path_factory, text):
     """Not even where quotes are stray or never closed."""
     assert_rows_of_csv(tmp_path_factory.mktemp("rows") / "list.csv", text)
