@@ -275,8 +275,8 @@ def replaced(module: nn.Module, values: dict):
     """Context manager: have a module use other tensors in place of some of its parameters, without a copy."""
     places = [(owner, name, p) for owner in module.modules() for name, p in owner.named_parameters(recurse=False)
               if p in values]
-    for owner, name, p in places:
-        setattr(owner, name, nn.Parameter(values[p], requires_grad=False))
+    for owner, name, p in places:  # torch's attention rounds otherwise where nothing requires a gradient
+        setattr(owner, name, nn.Parameter(values[p], p.requires_grad))
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Training the autoencoder (appendix H)."""
+"""Training the autoencoder (appendix H): the task beside train.py's, with the same methods."""
 
 import math
 import sys
@@ -39,7 +39,7 @@ class Autoencoding(nn.Module):
 
 
 class VAETask:
-    """Batches and loss of training the autoencoder."""
+    """The autoencoder on single frames."""
 
     def __init__(self, cfg: Config, model: Model, lists: dict[str, str], ranks: Ranks):
         self.module, self.cfg, self.model, self.ranks = Autoencoding(model, cfg), cfg, model, ranks
@@ -52,7 +52,7 @@ class VAETask:
         self.latent = model.vae.cfg.latent_channels, cfg.height // factor, cfg.width // factor
 
     def begin(self, first: int, last: int):
-        """Batches are drawn from memory: there is nothing to make ready but their number."""
+        """Start at micro-batch `first` of this rank; they are drawn from memory, with no end to be ready for."""
         self.n = first
 
     def batch(self):
@@ -87,7 +87,7 @@ class VAETask:
 
     @torch.no_grad()
     def latent_scale(self) -> float:
-        """1 / the standard deviation of the latents, so that diffusion sees them at a deviation of 1."""
+        """1 / the standard deviation of the latents: scaled, they have a deviation of 1."""
         vae = self.module.vae
         some = self.pool[:: len(self.pool) // 1024 + 1]
         means = [vae.encode(part.to(vae.quant_conv.weight) / 127.5 - 1)[0] for part in some.split(64)]
@@ -104,7 +104,7 @@ def frame_pool(lists: dict[str, str], count: int, size, seed=0, which=slice(None
         items = Items(source, path)
         chosen = np.arange(len(items))[which]
         if not len(chosen):
-            raise ValueError(f"validation leaves nothing to train on of {len(items)} {source} samples")
+            raise ValueError(f"validation must leave something to train on, and {source} has {len(items)} samples")
         each = math.ceil(count / len(lists) / len(chosen))
         spec = Spec(min(each, 4) if source == "video" else each, *size, fps_values=(1,), seed=seed)
         for i in tqdm(rng.permutation(chosen)[: math.ceil(count / len(lists))], desc=f"frames of {source}"):
