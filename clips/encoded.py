@@ -50,7 +50,7 @@ class EncodedClips:
         return int(self.owners[source][-1]) + 1 if len(self.owners[source]) else 0
 
     def lines(self, source: str, i: int) -> list[dict]:
-        """What the index says of an item."""
+        """The lines of the index about an item."""
         first, last = np.searchsorted(self.owners[source], [i, i + 1])
         return [json.loads(self.records[n]) for n in self.rows[source][first:last]]
 

@@ -73,7 +73,7 @@ class ClipScore:
         self.model.eval().requires_grad_(False)
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
-        """What the model sees of images (N, 3, H, W)."""
+        """Images as the model wants them (N, 3, H, W)."""
         return torch.stack([self.preprocess(image) for image in images])
 
     def scores(self, clips: list[tuple[torch.Tensor, tuple[str, ...]]]) -> list[float]:

@@ -38,14 +38,15 @@ class Items:
         try:
             self.records = Records(path, generated_lines(source, path), self.csv)
             self.first = 1 if self.csv else 0  # item 0 comes after the header
-            if not len(self):
-                raise ValueError(f"{source} list {path} is empty")
-            self.header = csv_row(self.records[0]) if self.csv else None
-            self.file(self.fields(0))
+            if len(self):
+                self.header = csv_row(self.records[0]) if self.csv else None
+                self.file(self.fields(0))
         except OSError as error:
             raise ValueError(f"{source} list {path} cannot be read: {error.strerror or error}") from error
         except (Bad, csv.Error, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source} list {path} is not of a known form: {error}") from error
+        if not len(self):
+            raise ValueError(f"{source} list {path} is empty")
 
     def __len__(self):
         return max(0, len(self.records) - self.first)
@@ -64,7 +65,7 @@ class Items:
         return Item(captions, path)
 
     def name(self, i: int) -> str:
-        """What to call an item in a message: its file, or its number where the list names no file."""
+        """The name of an item in messages: its file, or its number where the list names no file."""
         try:
             return self.file(self.fields(i))
         except Bad:

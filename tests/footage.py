@@ -26,14 +26,14 @@ def picture(n, width=WIDTH, height=HEIGHT):
 
 
 def number(pixels):
-    """Of a tensor (3, H, W) that shows picture(n)."""
+    """The n of a tensor (3, H, W) that shows picture(n)."""
     bars = pixels.float().mean(0)[:, : pixels.shape[-1] // BITS * BITS].mean(0).reshape(BITS, -1).mean(1)
     return sum((value > 127).item() << bit for bit, value in enumerate(bars))
 
 
 def write_clip(path, times, codec="libx264", tick=Fraction(1, 600), rotation=0, pixels=picture, aspect=None,
                **container):
-    """A clip whose frame n shows picture(n) from times[n] on, in units of `tick`."""
+    """Write a clip whose frame n shows picture(n) from times[n] on, in units of `tick`."""
     _, pix_fmt, options = CODECS.get(codec, ("mp4", "yuv420p", {}))
     with av.open(str(path), "w", container_options=container) as file:
         stream = file.add_stream(codec, rate=30, options=options)
@@ -51,7 +51,7 @@ def write_clip(path, times, codec="libx264", tick=Fraction(1, 600), rotation=0, 
 
 
 def damaged(folder, good, count, seed=0):
-    """`count` files made from good ones, as paths: each a kind of damage in turn, at a random place."""
+    """Yield the paths of `count` files made from good ones: each kind of damage in turn, at a random place."""
     rng = random.Random(seed)
     for n in range(count):
         data, path = bytearray(good[n % len(good)].read_bytes()), folder / f"{n:04d}{good[n % len(good)].suffix}"
@@ -82,7 +82,7 @@ def damaged(folder, good, count, seed=0):
 
 
 def odd_files(folder, good):
-    """What else is found under the name of a video; some of it would lead to the good one."""
+    """Make what else is found under the name of a video, some of which would lead to the good one -> paths."""
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("a caption, not a video\n" * 50)
     (folder / "playlist.mp4").write_text(f"#EXTM3U\n#EXTINF:2,\n{good}\n#EXT-X-ENDLIST\n")

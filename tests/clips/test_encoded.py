@@ -12,7 +12,7 @@ from clips.samples import SOURCES, LiveClips
 
 
 def test_encoded_samples_are_the_vae_of_the_live_ones(encoded, lists, micro):
-    """Of every source, whatever is chosen: caption, FPS and moments."""
+    """Caption, FPS and moments agree, for every source and every choice."""
     ahead, live, vae = EncodedClips(encoded), LiveClips(lists, SPEC), sd.load(micro).vae
     for source in SOURCES:
         assert ahead.count(source) == live.count(source)

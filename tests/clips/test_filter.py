@@ -31,7 +31,7 @@ def clip_weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def once(world, clip_weights, tmp_path_factory):
-    """(folder, stdout) of the command on the toy world's list with two more: a file that is missing, and no video."""
+    """(folder, stdout) of filtering the toy world's list and two more items: a missing file, and no video."""
     folder = tmp_path_factory.mktemp("filter") / "toy"
     shutil.copytree(world, folder)
     with open(folder / "videos.csv", "a", newline="") as file:
