@@ -1,29 +1,56 @@
-"""Clocks and counters for bench.py: works that take turns, this machine's ceilings, a UNet's time by kind of work."""
+"""The clock of the benchmarks: works that take turns, and this machine's ceilings."""
 
 import functools
 import math
 import statistics
 import time
-from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from model import Attention, UNet
-from training.account import size_of
+from cli import option
+from sd.device import DTYPES, pick_device, pick_dtype, size_of
+from training.account import count_flop
+
+
+@dataclass
+class Options:
+    """Where a benchmark runs, and in which precision."""
+
+    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
+    dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
+                        choices=DTYPES)
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        device = pick_device(self.device)
+        return device, pick_dtype(self.dtype, device)
+
+
+@dataclass
+class NoOptions:
+    """For a benchmark that has nothing to choose."""
+
+
+@contextmanager
+def default_dtype(dtype):
+    """Context manager: make weights in this dtype from the beginning, without a copy of twice the size before it."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Turns
 
 
-def clock(device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
 
@@ -51,12 +78,6 @@ def report(spent: dict[str, list[float]], peer: str, flop: dict[str, float], cei
               flush=True)
 
 
-def flop_of(work) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Ceilings
 
@@ -72,7 +93,7 @@ def ceilings(device, dtype) -> dict[str, float]:
     works = {"matmul": lambda: a @ b, "convolution": lambda: F.conv2d(x, w, padding=1),
              "triad": lambda: torch.add(p, q, alpha=2, out=r)}
     with torch.no_grad():
-        amount = {name: flop_of(work) for name, work in works.items()} | {"triad": size_of([p, q, r])}
+        amount = {name: count_flop(work) for name, work in works.items()} | {"triad": size_of([p, q, r])}
         spent = in_turn(works, device, rounds=10)
     speeds = {name: amount[name] / min(seconds) for name, seconds in spent.items()}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
@@ -83,104 +104,3 @@ def ceilings(device, dtype) -> dict[str, float]:
 
 def arithmetic(device, dtype) -> float:
     return max(ceilings(device, dtype)[what] for what in ("matmul", "convolution"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A forward, taken to pieces
-
-KINDS = {"conv2d": "convolutions", "linear": "linear layers", "group_norm": "normalisation",
-         "layer_norm": "normalisation", "silu": "activations", "gelu": "activations"}
-
-
-class Parts(TorchFunctionMode):
-    """Seconds, FLOP and bytes (read and written) of what a UNet does inside, by kind of work."""
-
-    def __init__(self, unet, device, count=False):
-        super().__init__()
-        self.device, self.count, self.attending, self.handles = device, count, None, []
-        self.seconds, self.flop, self.bytes = Counter(), Counter(), Counter()
-        for module in unet.modules():
-            if isinstance(module, Attention):
-                self.handles += [module.register_forward_pre_hook(self.enter), module.register_forward_hook(self.leave)]
-
-    def enter(self, module, inputs):
-        x, (k, _) = inputs
-        self.attending = f"attention, {x.shape[1]} x {k.shape[2]}"
-
-    def leave(self, *_):
-        self.attending = None
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kind = KINDS.get(getattr(func, "__name__", "")) or self.attending or "the rest"
-        if self.count:
-            with FlopCounterMode(display=False) as counter:
-                result = func(*args, **(kwargs or {}))
-            self.flop[kind] += counter.get_total_flops()
-            self.bytes[kind] += size_of(x for x in (*args, result) if isinstance(x, torch.Tensor))
-        else:
-            began = clock(self.device)
-            result = func(*args, **(kwargs or {}))
-            self.seconds[kind] += clock(self.device) - began
-        return result
-
-    def __exit__(self, *error):
-        for handle in self.handles:
-            handle.remove()
-        return super().__exit__(*error)
-
-
-def parts_table(unet, inputs, ceiling):
-    """Where the time of a forward goes, each kind of work beside the ceiling that is its own."""
-    with torch.no_grad(), Parts(unet, inputs[0].device) as timed:
-        unet(*inputs)
-    with unfilled(unet, inputs) as (shape, fakes), torch.no_grad():
-        with Parts(shape, inputs[0].device, count=True) as counted:
-            shape(*fakes)
-    whole = sum(timed.seconds.values())
-    for kind, seconds in timed.seconds.most_common():
-        limit = "convolution" if kind == "convolutions" else "matmul" if counted.flop[kind] else "triad"
-        speed, unit = (counted.flop[kind] or counted.bytes[kind]) / seconds, "GB/s" if limit == "triad" else "GFLOP/s"
-        print(f"    {kind:28} {seconds * 1e3:9.1f} ms {seconds / whole:5.0%}  {speed / 1e9:8.1f} {unit:7} "
-              f"{speed / ceiling[limit]:4.0%} of the {limit}")
-
-
-def operators_table(work, device, ceiling):
-    """Where the time of work(), backward passes included, goes by PyTorch's own operators: one call, profiled."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    flop, seconds = Counter(), Counter()
-    for operator, n in counter.get_flop_counts()["Global"].items():
-        flop[limit_of(str(operator))] += n
-    with torch.profiler.profile() as profiler:
-        work()
-    for event in profiler.key_averages():
-        on_gpu = device.type == "cuda"
-        seconds[limit_of(event.key)] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-    whole = sum(seconds.values())
-    for limit, s in seconds.most_common():
-        share = f"{flop[limit] / s / ceiling[limit]:4.0%} of its ceiling" if limit in ceiling else ""
-        print(f"    {limit:20} {s * 1e3:8.1f} ms {s / whole:5.0%}  {flop[limit] / s / 1e9:7.0f} GFLOP/s  {share}")
-
-
-def limit_of(operator: str) -> str:
-    """The ceiling that an operator knocks against, by the operator's name."""
-    return "convolution" if "conv" in operator else "matmul" if operator.endswith("mm") else "the rest"
-
-
-@contextmanager
-def default_dtype(dtype):
-    """Weights made inside are of this dtype from the beginning: no copy of twice the size comes first."""
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@contextmanager
-def unfilled(unet, inputs):
-    """A UNet of the same shape and its inputs, of tensors that have no contents: to count with."""
-    with FakeTensorMode() as fake:
-        with default_dtype(inputs[0].dtype):
-            shape = UNet(unet.cfg)
-        yield shape, [fake.from_tensor(x.cpu()) for x in inputs]

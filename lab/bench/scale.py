@@ -1,0 +1,75 @@
+"""Time and memory against the number of frames and their size: a forward of one half of guidance by SD 2.1's UNet.
+
+    python -m lab.bench scale
+
+Seconds are fitted as a n + b n², n being the latent pixels of the grid: convolutions and linear layers, and attention.
+What would take longer than a minute, or more memory than is free, is not measured but read off the fit.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sd
+from cli import parse
+from grid import grid_shape
+from lab.bench.timing import Options, default_dtype, in_turn
+from lab.bench.unet import forward_of, unet_input
+from model import UNet
+from sd.device import size_of
+from sd.presets import SD21
+from training.account import Account
+from training.dry_run import free_memory
+
+LONGEST = 60  # seconds of a forward up to which it is measured
+
+
+def main(arguments):
+    device, dtype = parse(Options, __doc__, arguments).place()
+    with device, default_dtype(dtype):
+        unet = UNet(SD21.unet)
+    points = []
+    cases = [(T, width, height) for width, height in ((128, 128), (256, 160), (256, 256), (512, 512))
+             for T in (4, 16, 32, 64, 256)]
+    for T, width, height in sorted(cases, key=math.prod):
+        grid = grid_shape(T)
+        h, w = grid[0] * height // 8, grid[1] * width // 8
+        (peak, least), seconds, how = peak_memory(h, w, grid), fitted(points, h * w), "fitted"
+        fits = peak * dtype.itemsize / 2 < free_memory(device)  # all networks in fp16: more than this forward takes
+        if fits and (len(points) < 3 or seconds < LONGEST):
+            inputs = *unet_input(device, dtype, h, w), torch.full((1,), 8.0, device=device), grid
+            seconds, how = min(in_turn({"": forward_of(unet, inputs)}, device, 5, seconds=10)[""]), "measured"
+            points.append((h * w, seconds))
+        print(f"  {T:4} frames of {width}x{height}  {h * w:8} latent pixels  {seconds:9.2f} s {how:9} "
+              f"{peak / 1e9:6.1f} GB, {least / 1e9:.1f} one network at a time", flush=True)
+    a, b = coefficients(points)
+    off = [fitted(points, n) / seconds - 1 for n, seconds in points]
+    print(f"seconds = {a * 1e3:.3f} n / 1000 + {b * 1e6:.5f} (n / 1000)^2: half of them quadratic at n = {a / b:.0f}, "
+          f"where they grow as n^1.5; the fit is off by {np.sqrt(np.mean(np.square(off))):.0%} (root mean square)")
+
+
+def peak_memory(h: int, w: int, grid) -> tuple[int, int]:
+    """Bytes at the peak of sampling with guidance in fp16, counted without allocating them: with all networks there,
+    and with each only while it works (sd.device.at_work). The UNet takes both halves of guidance, the VAE 16 frames."""
+    with FakeTensorMode(), torch.no_grad(), Account() as account:
+        with default_dtype(torch.float16):
+            model = sd.build(SD21, sd.Settings())
+            inputs = torch.zeros(2, 4, h, w), torch.zeros(2), torch.zeros(2, 77, 1024), torch.zeros(2)
+            frames = torch.zeros(min(16, math.prod(grid)), 4, h // grid[0], w // grid[1])
+        weights = {name: size_of(part.parameters()) for name, part in model.parts().items()}
+        work = {"unet": account.during(lambda: model.unet(*inputs, grid)),
+                "vae": account.during(lambda: model.vae.decode(frames))}
+    return sum(weights.values()) + max(work.values()), max(weights[name] + work[name] for name in work)
+
+
+def coefficients(points):
+    """a and b of seconds = a n + b n², by least squares of the relative error."""
+    n, seconds = np.array(points, dtype=float).T
+    return np.linalg.lstsq(np.stack([n / seconds, n**2 / seconds], 1), np.ones(len(n)), rcond=None)[0]
+
+
+def fitted(points, n: int) -> float:
+    a, b = coefficients(points) if len(points) > 1 else (0, 0)
+    return a * n + b * n**2
