@@ -1,4 +1,4 @@
-"""The tiny text-to-image model that every run of `python eval.py ablation` starts from: single images, plain SD.
+"""The tiny text-to-image model that every run of `python -m lab.ablation` starts from: single images, plain SD.
 
 A UNet from nothing; VAE and text tower, which stays frozen, are those of the shipped model.
 """

@@ -1,4 +1,4 @@
-"""One run of `python eval.py ablation`, which varies the embeddings, the mix, the number of videos and the seed."""
+"""One run of `python -m lab.ablation`, which varies the embeddings, the mix, the number of videos and the seed."""
 
 train = "unet"
 init = "runs/ablation_sheets/model.safetensors"
@@ -15,7 +15,7 @@ draws = 16
 mix = {"video": 2, "label": 1, "caption": 1}
 
 timestep_shift = 2.5
-timestep_width = 0.4  # where frames need each other (see tiny_first.py), and everywhere else a little
+timestep_width = 0.4  # where frames need each other (see shipped/first.py), and everywhere else a little
 default_fps = 2
 guidance = 3.0
 
