@@ -187,7 +187,7 @@ class Request:
     guidance: float | None = option(None, "guidance scale; 1 is none (default: the model's)")
     sampler: str = option("ddim", "how to step", choices=tuple(SAMPLERS))
     eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
-    seed: int = option(0, "of the noise; the same seed gives the same video", low=-(2**63), high=2**63 - 1)
+    seed: int = option(0, "of the noise; the same seed gives the same video", low=-(2**63), high=2**64 - 1)
 
     def __post_init__(self):
         if isinstance(self.prompt, str):

@@ -72,7 +72,8 @@ def test_folder_settings(family, folder):
     assert (settings.latent_scale, settings.width, settings.height) == (0.2, 384, 384)  # 96 latent pixels of 4 each
     assert (settings.beta_start, settings.beta_end, settings.spacing) == (0.00085, 0.012, "leading")
     assert not settings.grid_trained and not settings.zero_snr
-    assert folder in json.dumps(settings.origin) and "RAIL" in json.dumps(settings.origin)
+    base = settings.origin["base"]
+    assert base["from"] == os.path.basename(folder) and "RAIL" in base["licence"], "and no path of this machine"
 
 
 def test_folder_text_padding(family, folder):
