@@ -214,8 +214,10 @@ def ablate(results: str, score):
     cores = torch.get_num_threads()
     workers = 1 if torch.cuda.is_available() else cores
     print(f"runs: {len(todo)}, {workers} at a time; what they say goes to {cfg.out_dir}/*/log", flush=True)
+    context = get_context("forkserver")  # a fork of this process could neither use a GPU nor all of torch
+    context.set_forkserver_preload([__name__])
     with (Ranks(cfg.timeout) as ranks, claimed(cfg, ranks),
-          ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (cores // workers,)) as pool):
+          ProcessPoolExecutor(workers, context, torch.set_num_threads, (cores // workers,)) as pool):
         try:
             for n, future in enumerate(as_completed([pool.submit(one_run, cfg, *it, score) for it in todo]), 1):
                 result = future.result()

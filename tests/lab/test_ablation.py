@@ -1,4 +1,4 @@
-"""ablation.py: what is compared differs in what it says, and the tables are what the results give by hand."""
+"""The ablations: what is compared differs in what it says, and the tables are what the results give by hand."""
 
 import json
 from dataclasses import replace
@@ -8,20 +8,23 @@ import pytest
 import torch
 from PIL import Image
 
-import train
-from lab import ablation
-from lab.ablation import GatedUNet, Row, Variant, video_unet
+import sd
+from lab.ablation import report, runs
+from lab.ablation.report import Row
+from lab.ablation.runs import GatedUNet, Variant, video_unet
+from lab.evals.toy import ANSWERS
 from lab.metrics import wilson
-from model import UNet, UNetConfig
-from training import config
-from training.config import PRESETS
+from model import UNet
+from sd.presets import MICRO
+from training.checkpoints import run_checkpoints
+from training.config import read_config
 
 
 @pytest.fixture
 def image():
     """The UNet of an image model, with random weights in every layer."""
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(**{**vars(PRESETS["micro"].unet), "mixed_embedding": False, "fps_embedding": False}))
+    unet = UNet(replace(MICRO.unet, mixed_embedding=False, fps_embedding=False))
     for p in unet.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
@@ -71,55 +74,58 @@ draws = 1
 mix = {mix!r}
 max_steps = 3
 batch_size = 4
-dtype = "float32"
+dtype = "auto"
 default_fps = 4
 log_every = 1
 """
 
 
-def write_configs(folder, world, micro):
-    before = micro
-    for name in (*ablation.BASE, "ablation"):
-        frames = 1 if name == ablation.BASE[0] else 4
-        mix = {"video": 2, "label": 1, "caption": 1} if name == "ablation" else {"caption": 1}
+@pytest.fixture(scope="module")
+def prepared(world, micro, tmp_path_factory):
+    """A folder with the configs of a small ablation, and what all its runs share."""
+    folder, before = tmp_path_factory.mktemp("ablation"), micro
+    for name in (*runs.BASE, "run"):
+        frames = 1 if name == runs.BASE[0] else 2
+        mix = {"video": 2, "label": 1, "caption": 1} if name == "run" else {"caption": 1}
         encoded = str(folder / f"encoded {frames} {len(mix)}")
         text = STAGE.format(init=before, out=str(folder / name), toy=world, encoded=encoded, frames=frames, mix=mix)
         (folder / f"{name}.py").write_text(text)
         before = str(folder / name / "model.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "CONFIGS", str(folder))
+        patch.setattr(torch, "get_num_threads", lambda: 2)  # so two runs at a time, of one thread each
+        runs.prepare_runs()
+        yield folder
+
+
+@pytest.fixture
+def two(prepared, monkeypatch):
+    """An ablation of two runs."""
+    monkeypatch.setattr(runs, "SEEDS", 1)
+    monkeypatch.setattr(runs, "VARIANTS", [Variant("gated", gate=True),
+                                           Variant("3 videos", triple_data=False, videos=3)])
+    return prepared
 
 
 def score(model, fps_values):
     return {"videos": 1, "weight": model.unet.out[2].weight.sum().item(), "unet": type(model.unet).__name__}
 
 
-@pytest.fixture
-def three(world, micro, tmp_path, monkeypatch):
-    """An ablation of three runs."""
-    write_configs(tmp_path, world, micro)
-    monkeypatch.setattr(ablation, "CONFIGS", str(tmp_path))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so two runs at a time, of one thread each
-    monkeypatch.setattr(ablation, "SEEDS", 1)
-    monkeypatch.setattr(ablation, "VARIANTS", [Variant("both"), Variant("gated", gate=True),
-                                               Variant("3 videos", triple_data=False, videos=3)])
-    return tmp_path
-
-
-def test_what_has_its_line_is_not_run_again(three):
-    results = three / "results.jsonl"
-    ablation.ablate(str(results), score)
+def test_what_has_its_line_is_not_run_again(two, tmp_path):
+    results = tmp_path / "results.jsonl"
+    runs.ablate(str(results), score)
     lines = {line["variant"]: line for line in map(json.loads, results.read_text().splitlines())}
-    assert {name: line["unet"] for name, line in lines.items()} == {
-        "both": "UNet", "gated": "GatedUNet", "3 videos": "UNet"}
-    assert len({line["weight"] for line in lines.values()}) == 3
+    assert {name: line["unet"] for name, line in lines.items()} == {"gated": "GatedUNet", "3 videos": "UNet"}
+    assert lines["gated"]["weight"] != lines["3 videos"]["weight"]
     for line in lines.values():
         assert list(line["loss"]) == ["0", "3"] and line["loss"]["0"] != line["loss"]["3"]
-    kept = "".join(json.dumps(lines[name]) + "\n" for name in ("both", "3 videos"))
+    kept = json.dumps(lines["3 videos"]) + "\n"
     results.write_text(kept)
-    cfg = config.read_config(str(three / "ablation.py"), ["--max_steps=2"])
+    cfg = read_config([str(two / "run.py"), "--max_steps=2"])
     path = f"{cfg.out_dir}/gated 0"
-    ablation.train(replace(cfg, out_dir=path), lambda unet: video_unet(Variant("gated", gate=True), unet))
-    assert train.run_checkpoints(path)  # as an interrupted run leaves one
-    ablation.ablate(str(results), score)
+    runs.train(replace(cfg, out_dir=path), lambda unet: video_unet(Variant("gated", gate=True), unet))
+    assert run_checkpoints(path)  # as an interrupted run leaves one
+    runs.ablate(str(results), score)
     again = results.read_text().removeprefix(kept)
     timings = {"train_s": 0, "score_s": 0}
     assert json.loads(again) | timings == lines["gated"] | timings
@@ -129,31 +135,39 @@ def no_score(model, fps_values):
     raise ArithmeticError("cannot be graded")
 
 
-def test_a_failed_run_ends_the_others(three, monkeypatch):
-    monkeypatch.setattr(ablation, "SEEDS", 4)
+def test_a_failed_run_ends_the_others(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SEEDS", 6)
     with pytest.raises(ArithmeticError):
-        ablation.ablate(str(three / "results.jsonl"), no_score)
-    assert not (three / "results.jsonl").exists() and not active_children()
-    assert "step 3/3" in (three / "ablation" / "both 0" / "log").read_text()
-    assert len(list((three / "ablation").glob("* ?"))) < 8  # of twelve: those that waited never began
+        runs.ablate(str(tmp_path / "results.jsonl"), no_score)
+    assert not (tmp_path / "results.jsonl").exists() and not active_children()
+    assert "step 3/3" in (two / "run" / "gated 0" / "log").read_text()
+    assert len(list((two / "run").glob("* ?"))) < 8  # of twelve: those that waited never began
 
 
-def test_few_videos_are_the_first(world, micro, tmp_path):
-    write_configs(tmp_path, world, micro)
-    cfg = config.read_config(str(tmp_path / "ablation.py"), [f"--init={micro}", "--max_steps=1"])
-    task = ablation.train(cfg, lambda unet: unet, Variant("", triple_data=False, videos=3))
+def test_few_videos_are_the_first(prepared, micro, tmp_path):
+    cfg = read_config([str(prepared / "run.py"), f"--init={micro}", "--max_steps=1", f"--out_dir={tmp_path}/few"])
+    task = runs.train(cfg, lambda unet: unet, Variant("", triple_data=False, videos=3))
     assert {task.stream.item_at(position) for position in range(100)} == {("video", n) for n in range(3)}
-    task = ablation.train(replace(cfg, out_dir=str(tmp_path / "all")), lambda unet: unet)
+    task = runs.train(replace(cfg, out_dir=str(tmp_path / "all")), lambda unet: unet)
     assert {source for source, _ in map(task.stream.item_at, range(100))} == {"video", "label", "caption"}
 
 
-def test_mistakes_are_told_before_any_run(run, tmp_path):
+def test_what_is_noted_of_a_model(micro):
+    noted = runs.score(sd.load(micro), (4, 8))
+    assert list(noted) == ["videos", *ANSWERS, "wrong cuts", "trajectories", "px a frame"]
+    assert noted["videos"] == 48 and noted["trajectories"] > 0 and list(noted["px a frame"]) == [4, 8]
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--results", "/dev/null/r.jsonl"], "/dev/null"),
+    (["--figure", "/dev/null/f.png"], "/dev/null"),
+    (["--results", "{}/results.jsonl"], "results.jsonl, line 1: not the result of a run"),
+])
+def test_mistakes_are_told_before_any_run(run, tmp_path, options, says):
     (tmp_path / "results.jsonl").write_text('{"variant": "bo')
-    for options, says in ((["--results", "/dev/null/r.jsonl"], "cannot be written"),
-                          (["--figure", "/dev/null/f.png"], "cannot be written"),
-                          (["--results", tmp_path / "results.jsonl"], "line 1: not the result of a run")):
-        done = run("lab.eval", "ablation", "--figure", tmp_path / "f.png", *options)
-        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    given = [option.format(tmp_path) for option in options]
+    done = run("lab.ablation", "--figure", tmp_path / "f.png", *given)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_tables_and_figure_are_what_the_lines_say(tmp_path):
@@ -165,8 +179,8 @@ def test_tables_and_figure_are_what_the_lines_say(tmp_path):
     row = Row(Variant("both"), results)
     assert row.share("shape") == tuple(100 * x for x in (0.1, *wilson(3, 30)))
     assert row.spread("loss", "40", "video") == (0.125, 0, 0.25)
-    text = "\n".join(ablation.tables(results))
+    text = "\n".join(report.tables(results))
     assert "| both | 90 [74, 97] | 10 [3, 26] |" in text and "| 101 [100, 102] | 0.1250 [0.0000, 0.2500] |" in text
     assert "| neither (2 of 3 seeds) |" in text and "| 2 FPS (true 5.0) | 8 FPS (true 1.2) |" in text
-    ablation.figure(results, str(tmp_path / "figure.png"))
+    report.draw_figure(results, str(tmp_path / "figure.png"))
     assert Image.open(tmp_path / "figure.png").size == (1100, 700)
