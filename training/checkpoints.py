@@ -3,14 +3,13 @@
 import fcntl
 import os
 import re
-import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
-from cli import beside
+from cli import beside, warn
 from training.config import Config
 from training.offload import OffloadAdamW
 from training.ranks import Ranks
@@ -85,7 +84,7 @@ def newest_whole(cfg: Config) -> str:
         if is_whole(path):
             return path
         os.replace(path, path + ".damaged")
-        print(f"{path} is damaged, now called {path}.damaged: trying the one before", file=sys.stderr, flush=True)
+        warn(f"{path} is damaged, now called {path}.damaged: trying the one before")
     return ""
 
 
@@ -106,6 +105,6 @@ def load_run(cfg: Config, ranks: Ranks, path: str, module, optimizer: OffloadAda
         vars(scale).update(state["scale"])
     now = samples_a_step(cfg, ranks)
     if before != now and not ranks.rank:
-        print(f"a step was of {before} samples before, now of {now}: the run goes on with other samples than it would "
-              "have. Keep batch_size times accumulate times processes to keep them", file=sys.stderr, flush=True)
+        warn(f"a step was of {before} samples before, now of {now}: from here on they are others. To keep them, keep "
+             "batch_size times accumulate times processes")
     return state["step"], logged

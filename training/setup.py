@@ -2,11 +2,11 @@
 
 import json
 import os
-import sys
 from dataclasses import asdict, fields, replace
 
 import torch
 
+from cli import warn
 from clips.encode import encode
 from clips.encoded import EncodedClips, fingerprint, read_settings
 from clips.samples import CAPTION_FPS, LABEL_FPS, SOURCES, LiveClips, Spec
@@ -116,8 +116,8 @@ def compare_lists(cfg: Config):
     encoded = read_settings(cfg.encoded)["lists"]
     for source, path in data_lists(cfg, render=False).items():
         if encoded.get(source, path) != path:
-            print(f"{cfg.encoded} is used, which was encoded from {encoded[source]}, and {path} is not read: for other "
-                  "data choose another folder for `encoded`", file=sys.stderr, flush=True)
+            warn(f"{cfg.encoded} is used, which was encoded from {encoded[source]}, and {path} is not read: for other "
+                 "data choose another folder for `encoded`")
 
 
 def sample_spec(cfg: Config) -> Spec:

@@ -1,7 +1,6 @@
 """Training the autoencoder (appendix H): the task beside train.py's, with the same methods."""
 
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from cli import warn
 from clips.decode import Bad
 from clips.lists import Items
 from clips.samples import Spec, offered_fps, read_sample, video_of
@@ -114,7 +114,7 @@ def frame_pool(lists: dict[str, str], count: int, size, seed=0, which=slice(None
                     fps = offered_fps(source, video, spec)[0]
                     pool.append(read_sample(source, i, item, video, spec, fps, 0).data)
             except Bad as bad:
-                print(f"skipped {source} {items.name(i)}: {bad}", file=sys.stderr, flush=True)
+                warn(f"skipped {source} {items.name(i)}: {bad}")
     if not pool:
         raise ValueError(f"no frame of {', '.join(lists.values())} can be used: the reasons are above")
     return torch.cat(pool)

@@ -1,97 +1,178 @@
-"""ranks.py: a rank that dies or hangs ends the job, in time and by name."""
+"""training/ranks.py and training/watchdog.py: a rank that dies or hangs ends the job, by name."""
 
 import os
-import shutil
+import re
 import signal
 import subprocess
-import sys
-import time
+import threading
 
 import pytest
-from conftest import ONE_THREAD, ROOT, assert_equal_states, ci_options, running, wait_for, weights, worker
-
-
-@pytest.mark.parametrize("name, says", [
-    ("SIGKILL", "exitcode  : -9"), ("SIGSTOP", "rank 1 (last at: ")])
-def test_a_rank_that_is_gone_ends_the_job(start, world, finished, tmp_path, name, says):
-    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
-    log = tmp_path / "log"
-    process = start([*ci_options(world, tmp_path), "--prompts=()", "--batch_size=2", "--max_steps=100000",
-                     "--sheet_every=100000", "--timeout=5"], 2, log)
-    wait_for(log, 9, process)
-    os.kill(worker(tmp_path, rank=1), getattr(signal, name))
-    began = time.time()
-    assert process.wait(90) == 1, log.read_text()
-    text = log.read_text()
-    assert says in text, text
-    if name == "SIGKILL":
-        assert "rank      : 1 (local_rank: 1)" in text
-    else:
-        assert "gives no sign of life since 5 s: the job ends" in text
-        assert time.time() - began < 5 + 5 + 30 + 10  # torchrun gives the stopped process 30 s to end by itself
-    assert not running(f"--out_dir={tmp_path}/run")
-
-
-HANGING = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
 import torch
-from training.ranks import Ranks
+import torch.distributed as dist
+from runs import LIMIT, ONE_THREAD, ROOT, torchrun
+
+from training import ranks
+from training.ranks import Interrupt, Ranks
+from training.watchdog import Watchdog
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judgement, on states as the store has them
+
+
+class Left(Exception):
+    pass
+
+
+@pytest.fixture
+def watchdog(monkeypatch):
+    """A watchdog of rank 1 of 3, without its thread; it raises Left where it would end the process."""
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("faulthandler.dump_traceback", lambda: None)
+    watchdog = Watchdog(dist.HashStore(), 1, 3, timeout=600)
+    monkeypatch.setattr(watchdog, "leave", lambda why: (_ for _ in ()).throw(Left(why)))
+    return watchdog
+
+
+def judge(watchdog, progress=(7, 6, 7), heartbeat_age=(1, 1, 1), progress_age=(1, 1, 1), **flags):
+    names = ("patient", "ended", "failed")
+    states = [{"progress": n, "place": f"place {r}"} | {name: r in flags.get(name, ()) for name in names}
+              for r, n in enumerate(progress)]
+    age = {(r, "heartbeat"): seconds for r, seconds in enumerate(heartbeat_age)}
+    watchdog.judge(states, age | {(r, "progress"): seconds for r, seconds in enumerate(progress_age)})
+
+
+OLD = (601, 601, 601)
+
+
+@pytest.mark.parametrize("state, says", [
+    ({"failed": [2]}, r"rank 2 \(last at: place 2\) ended with an error: the job ends"),
+    ({"heartbeat_age": (601, 1, 1)}, r"rank 0 \(last at: place 0\) sent no heartbeat for 600 s: the job ends"),
+    ({"heartbeat_age": (601, 1, 1), "patient": [0, 1, 2]}, "rank 0 .* sent no heartbeat"),
+    ({"progress_age": OLD}, "rank 1 made no progress for 600 s: it ends"),
+    ({"progress_age": OLD, "progress": (5, 6, 5)}, r"rank 0 \(.*\), rank 2 \(.*\) made no progress for 600 s: the job"),
+    ({"progress_age": OLD, "progress": (5, 6, 7), "ended": [0]}, "rank 1 made no progress")])
+def test_who_is_to_blame(watchdog, capsys, state, says):
+    with pytest.raises(Left, match=says):
+        judge(watchdog, **state)
+    assert ("rank 1 hangs here:" in capsys.readouterr().err) == says.startswith("rank 1 made no progress")
+
+
+@pytest.mark.parametrize("state", [
+    {}, {"progress_age": (601, 601, 1)}, {"progress_age": OLD, "patient": [2]},
+    {"progress_age": OLD, "ended": [0, 1, 2]}, {"heartbeat_age": (601, 1, 1), "ended": [0]}])
+def test_who_is_not(watchdog, state):
+    judge(watchdog, **state)
+
+
+def test_patience_is_nested_and_its_end_is_progress(watchdog):
+    seen = []
+    watchdog.at("data")
+    with watchdog.patient("model"):
+        seen.append((watchdog.is_patient, watchdog.place))
+        with watchdog.patient("lists"):
+            seen.append((watchdog.is_patient, watchdog.place))
+        seen.append((watchdog.is_patient, watchdog.place))
+        before = watchdog.progress
+    assert seen == [(True, "model"), (True, "lists"), (True, "lists: done")]
+    assert not watchdog.is_patient and watchdog.progress == before + 1 and watchdog.place == "model: done"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
 
 def reads_from_a_dead_disk():
-    time.sleep(1000)
-
-with Ranks(timeout=3) as ranks:
-    assert ranks.from_rank_0("x", lambda: time.sleep(6) or {"a": [1, 2]}) == {"a": [1, 2]}  # may outlast the timeout
-    assert ranks.sum(torch.tensor([1.0, float(ranks.rank)])).tolist() == [2, 1]
-    for step in range(100):
-        ranks.at("data")
-        if ranks.rank == 1 and step == 3:
-            reads_from_a_dead_disk()
-        ranks.at("update")
-        ranks.sum(torch.zeros(1))
-"""
+    threading.Event().wait()
 
 
-def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path):
-    (tmp_path / "hang.py").write_text(HANGING)
-    began = time.time()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                           tmp_path / "hang.py", ROOT], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and time.time() - began < 60
-    assert "rank 1 hangs here:" in done.stderr and "in reads_from_a_dead_disk" in done.stderr
-    assert "rank 1 does not come on: it ends after 3 s" in done.stderr
-    assert "rank 0 hangs" not in done.stderr and "rank      : 1 (local_rank: 1)" in done.stderr
+def step_until(what: str):
+    """Steps of two ranks, in the fourth of which something happens to rank 1."""
+    with Ranks(timeout=8) as ranks:
+        assert ranks.from_rank_0("x", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
+        assert ranks.sum(torch.tensor([1.0, float(ranks.rank)])).tolist() == [2, 1]
+        for step in range(5):
+            ranks.at("data")
+            if ranks.rank == 1 and step == 3:
+                if what == "hang":
+                    reads_from_a_dead_disk()
+                if what == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if what == "raise":
+                    raise FileNotFoundError("gone")
+            ranks.at("update")
+            ranks.sum(torch.zeros(1))
+
+
+def test_ranks_leave_together(processes):
+    """And start again with the store that they left."""
+    assert [processes.run(["nothing"], ranks=2, target=step_until) for _ in range(2)] == [[0, 0]] * 2
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(processes):
+    statuses = processes.run(["hang"], ranks=2, target=step_until)
+    text = processes.log.read_text()
+    assert statuses == [1, 1] and "rank 1 hangs here:" in text and "in reads_from_a_dead_disk" in text
+    assert "rank 1 made no progress for 8 s: it ends" in text and "rank 0 hangs" not in text
+
+
+def test_a_rank_that_is_stopped_is_named(processes):
+    processes.start(["stop"], ranks=2, target=step_until)
+    processes.all[0].join(LIMIT)
+    assert processes.all[0].exitcode == 1
+    assert processes.kill() == [1, -9]
+    text = processes.log.read_text()
+    assert re.search(r"rank 1 \(last at: \w+\) sent no heartbeat for 8 s: the job ends", text), text
+
+
+def test_a_rank_that_fails_ends_the_others(processes):
+    assert processes.run(["raise"], ranks=2, target=step_until) == [1, 1]
+    assert "FileNotFoundError: gone" in processes.log.read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_names_the_rank_that_hangs(tmp_path):
+    (tmp_path / "hang.py").write_text("from test_ranks import step_until\nstep_until('hang')\n")
+    path = os.pathsep.join([ROOT, f"{ROOT}/tests", os.path.dirname(__file__)])
+    done = subprocess.run([*torchrun(2), tmp_path / "hang.py"], capture_output=True, text=True, timeout=LIMIT,
+                          env=ONE_THREAD | {"PYTHONPATH": path})
+    assert done.returncode == 1 and "rank      : 1 (local_rank: 1)" in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process
 
 
 def test_alone_there_is_nobody_to_watch(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    from training.ranks import Ranks
-
-    with Ranks(timeout=1) as ranks:
-        ranks.at("data")
-        assert (ranks.rank, ranks.world, ranks.from_rank_0("x", lambda: 5)) == (0, 1, 5)
-
-
-@pytest.mark.slow
-def test_two_machines_start_again_together(world, finished, by_two, tmp_path):
-    """Two torchruns, as on two machines. A rank is killed: only its own counts a failure, and yet both go on."""
-    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
-    log = tmp_path / "log"
-    arguments = [*ci_options(world, tmp_path), "--prompts=()", "--batch_size=2", "--save_every=1", "--keep=9"]
-    machines = [start_machine(arguments, log) for _ in range(2)]
-    wait_for(log, 9, machines[0])
-    os.kill(worker(tmp_path, rank=1), signal.SIGKILL)
-    assert [machine.wait(120) for machine in machines] == [0, 0], log.read_text()
-    assert log.read_text().count("resume from") == 2
-    a, b = weights(by_two), weights(tmp_path)
-    a.pop("config"), b.pop("config")
-    assert_equal_states(a, b)
+    with Ranks(timeout=1) as alone, alone.patient("model"):
+        alone.at("data")
+        assert (alone.rank, alone.world, alone.from_rank_0("x", lambda: 5)) == (0, 1, 5)
+        assert alone.sum(torch.ones(2)).tolist() == [1, 1]
 
 
-def start_machine(arguments, log):
-    options = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=2", "--rdzv_backend=c10d", "--rdzv_id=two",
-               "--rdzv_endpoint=localhost:29517"]
-    with open(log, "a") as out:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *options, "train.py", "configs/ci.py",
-                                 *arguments], cwd=ROOT, stdout=out, stderr=out, env=ONE_THREAD)
+def test_interrupts_are_noted_and_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Ranks(timeout=1) as alone, Interrupt() as interrupt:
+        assert not interrupt.anywhere(alone)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.anywhere(alone) and interrupt.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second one ends the process
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_process_has_a_gpu_and_its_share_of_the_cores(monkeypatch):
+    """Pretended: two GPUs and eight cores."""
+    called = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.update(device=device))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: called.update(threads=n))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert ranks.pick_own_device() == called.pop("device") == torch.device("cuda", 0) and not called
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ranks.pick_own_device() == called["device"] == torch.device("cuda", 1) and called["threads"] == 4
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="processes must not outnumber the 2 GPUs of this machine, got 3"):
+        ranks.pick_own_device()

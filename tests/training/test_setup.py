@@ -1,0 +1,120 @@
+"""training/setup.py: what a run starts from, and what is refused before it costs anything."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, ci_options, train_here
+
+import sd
+from training.config import read_config
+from training.setup import data_lists, make_model, make_ready, open_clips
+
+CI, CPU = f"{ROOT}/configs/ci.py", torch.device("cpu")
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--width=100"], "width must be divisible by 8, .*got 100"),
+    (["--width=40", "--frames=6"], "must make a grid that the UNet can halve"),
+    (["--prediction=x"], "prediction must be"), (["--prediction=epsilon"], "zero_snr needs prediction"),
+    (["--init=INIT", "--fps_embedding=False"], "must be True for a model that is loaded")])
+def test_what_cannot_be_trained_is_refused_before_anything_is_encoded(micro, options, says):
+    with pytest.raises(ValueError, match=says):
+        make_model(read_config([CI, *(option.replace("INIT", micro) for option in options)]))
+
+
+def test_the_settings_say_what_is_trained():
+    settings = make_model(read_config([CI])).settings
+    assert settings.fps_trained == (0, 4, 8, 120) and settings.grid_trained and settings.fps == 8
+    settings = make_model(read_config([CI, "--mix={'video': 1}", "--frames=1"])).settings
+    assert settings.fps_trained == (4, 8) and not settings.grid_trained
+
+
+def test_latents_of_another_vae_are_refused(finished):
+    cfg = read_config([CI, f"--encoded={finished[0]}/encoded"])
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match="was encoded by another VAE than the model's"):
+        open_clips(cfg, make_model(cfg), {}, CPU)
+
+
+def test_a_folder_encoded_with_other_options_is_refused(finished, world):
+    done = train_here(*ci_options(world, finished[0]), "--fps_values=(8,)")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "was encoded with fps_values = (4, 8), the config says (8,)" in done.stderr
+
+
+@pytest.mark.parametrize("n", [8, 80])
+def test_validation_that_leaves_nothing_is_refused(finished, world, n):
+    done = train_here(*ci_options(world, finished[0]), f"--validation={n}")
+    assert done.returncode == 2 and re.search(r"train.py: .*validation.* 8 .*video", done.stderr), done.stderr
+
+
+@pytest.fixture
+def encoding(world, micro, tmp_path):
+    """A config that encodes with the text tower, two labels alone, and its model."""
+    labels = sorted(Path(world, "labels").iterdir())[:2]
+    (tmp_path / "labels.txt").write_text("".join(f"{path} {path.name.replace('_', ' ')}\n" for path in labels))
+    cfg = read_config([CI, f"--init={micro}", f"--toy={world}", f"--encoded={tmp_path}/encoded",
+                       f"--out_dir={tmp_path}/run", f"--label={tmp_path}/labels.txt", "--train_text=False"])
+    return cfg, make_model(cfg)
+
+
+def test_contexts_of_another_tower_are_refused(encoding):
+    cfg, model = encoding
+    lists = make_ready(cfg, model, CPU)
+    open_clips(cfg, model, lists, CPU)
+    torch.nn.init.normal_(next(model.text.parameters()))
+    with pytest.raises(ValueError, match="was encoded by another text tower than the model's"):
+        open_clips(cfg, model, lists, CPU)
+
+
+def test_latents_of_other_lists_are_told(encoding, world, capsys):
+    cfg, model = encoding
+    make_ready(cfg, model, CPU)
+    capsys.readouterr()
+    assert make_ready(cfg, model, CPU) == {} and not capsys.readouterr().err
+    make_ready(dataclasses.replace(cfg, video="mine.csv"), model, CPU)
+    assert f"encoded from {world}/videos.csv, and mine.csv is not read" in capsys.readouterr().err
+
+
+def test_a_source_without_a_list_is_refused_before_anything_is_encoded(encoding, world):
+    cfg, model = encoding
+    cfg = dataclasses.replace(cfg, toy="", video=f"{world}/videos.csv")
+    with pytest.raises(ValueError, match="mix asks for caption samples, of which there is no list"):
+        make_ready(cfg, model, CPU)
+    assert not os.path.exists(cfg.encoded) and not os.path.exists(cfg.encoded + ".part")
+
+
+def test_a_world_of_other_options_is_refused(encoding, tmp_path):
+    cfg, _ = encoding
+    with pytest.raises(ValueError, match="was rendered with clips 8, the config says 54: choose another folder"):
+        data_lists(dataclasses.replace(cfg, toy_clips=54))
+    for place in ("/dev/null/toy", str(tmp_path)):  # not to be made; no world
+        with pytest.raises(ValueError, match=f"the toy world {place}: "):
+            data_lists(dataclasses.replace(cfg, toy=place))
+
+
+def test_a_vae_from_elsewhere_leaves_the_origin_of_the_rest(encoding, micro, tmp_path):
+    """And is named without a path of this machine."""
+    cfg, model = encoding
+    model.settings = dataclasses.replace(model.settings, origin={"licence": "OpenRAIL++-M", "vae": {"steps": 1}})
+    sd.save(model, str(tmp_path / "base.safetensors"))
+    cfg = dataclasses.replace(cfg, init=str(tmp_path / "base.safetensors"), vae=micro)
+    assert make_model(cfg).settings.origin == {"licence": "OpenRAIL++-M", "vae": {"file": "micro.safetensors"}}
+
+
+def test_too_many_bad_samples_end_the_run_in_one_line(world, tmp_path):
+    lines = [json.loads(line) for line in Path(world, "images.jsonl").read_text().splitlines()]
+    for n, line in enumerate(lines):
+        line["path"] = os.path.join(world, line["path"]) if n < 4 else "missing.png"
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = train_here(*ci_options(world, tmp_path), f"--caption={tmp_path}/list.jsonl", "--encoded=", "--max_bad=0.01",
+                      "--mix={'caption': 1}", "--max_steps=100", "--prompts=()")
+    assert done.returncode == 2
+    named, last = done.stderr.splitlines()
+    assert named == f"warning: skipped caption {tmp_path}/missing.png: missing"
+    assert last.startswith("train.py: ") and "more than max_bad = 0.01" in last
