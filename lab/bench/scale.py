@@ -23,6 +23,8 @@ from sd.presets import SD21
 from training.account import Account
 from training.dry_run import free_memory
 
+CASES = [(T, width, height) for width, height in ((128, 128), (256, 160), (256, 256), (512, 512))
+         for T in (4, 16, 32, 64, 256)]
 LONGEST = 60  # seconds of a forward up to which it is measured
 
 
@@ -31,9 +33,7 @@ def main(arguments):
     with device, default_dtype(dtype):
         unet = UNet(SD21.unet)
     points = []
-    cases = [(T, width, height) for width, height in ((128, 128), (256, 160), (256, 256), (512, 512))
-             for T in (4, 16, 32, 64, 256)]
-    for T, width, height in sorted(cases, key=math.prod):
+    for T, width, height in sorted(CASES, key=math.prod):
         grid = grid_shape(T)
         h, w = grid[0] * height // 8, grid[1] * width // 8
         (peak, least), seconds, how = peak_memory(h, w, grid), fitted(points, h * w), "fitted"
@@ -56,7 +56,7 @@ def peak_memory(h: int, w: int, grid) -> tuple[int, int]:
     with FakeTensorMode(), torch.no_grad(), Account() as account:
         with default_dtype(torch.float16):
             model = sd.build(SD21, sd.Settings())
-            inputs = torch.zeros(2, 4, h, w), torch.zeros(2), torch.zeros(2, 77, 1024), torch.zeros(2)
+            inputs = torch.zeros(2, 4, h, w), torch.zeros(2), torch.zeros(2, 77, SD21.unet.context_dim), torch.zeros(2)
             frames = torch.zeros(min(16, math.prod(grid)), 4, h // grid[0], w // grid[1])
         weights = {name: size_of(part.parameters()) for name, part in model.parts().items()}
         work = {"unet": account.during(lambda: model.unet(*inputs, grid)),

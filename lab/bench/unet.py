@@ -18,7 +18,8 @@ from training.account import count_flop
 def unet_input(device, dtype, h: int, w: int, batch=1):
     """x, t and context of a UNet."""
     g = torch.Generator().manual_seed(0)
-    x, context = torch.randn(batch, 4, h, w, generator=g), torch.randn(batch, 77, 1024, generator=g)
+    x = torch.randn(batch, 4, h, w, generator=g)
+    context = torch.randn(batch, 77, SD21.unet.context_dim, generator=g)
     return x.to(device, dtype), torch.full((batch,), 500, device=device), context.to(device, dtype)
 
 
