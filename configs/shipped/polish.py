@@ -5,7 +5,7 @@ tiny_green.py (see the README).
 """
 
 train = "unet"
-init = "runs/tiny_last/model.safetensors"
+init = "runs/shipped_last/model.safetensors"
 train_text = True
 out_dir = "runs/shipped_polish"
 
