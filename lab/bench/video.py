@@ -34,7 +34,8 @@ def main(arguments):
         works = {name: their_video(make(), text, steps, device, dtype) for name, (make, text) in PEERS.items()}
     works["ours (grid)"] = our_video(model, steps, device, dtype)
     flop = {name: steps * flop_of_step(make, (2, 4, 16, 32, 32), text) for name, (make, text) in PEERS.items()}
-    flop["ours (grid)"] = steps * flop_of_step(lambda: UNet(SD21.unet), (2, 4, 128, 128), (2, 77, 1024))
+    flop["ours (grid)"] = steps * flop_of_step(lambda: UNet(SD21.unet), (2, 4, 128, 128),
+                                                   (2, 77, SD21.unet.context_dim))
     ceiling = arithmetic(device, dtype)
     spent = in_turn(works, device, seconds=60, rounds=5)
     latents = torch.randn(16, 4, 32, 32).to(device, dtype)

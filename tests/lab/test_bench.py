@@ -1,14 +1,16 @@
 """The benchmarks: what is counted is all there is, turns are taken, and every command starts."""
 
+import functools
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet3DConditionModel
 from torch.autograd import DeviceType
 
-from lab.bench import scale, step, unet
+from lab.bench import scale, step, unet, video
 from lab.bench.__main__ import BENCHMARKS
 from lab.bench.parts import Parts, seconds_by_limit, unfilled
 from lab.bench.timing import default_dtype, in_turn
@@ -84,21 +86,35 @@ def test_every_command_has_help(run, name):
 @pytest.fixture
 def small(monkeypatch):
     """The micro model in place of SD 2.1's and the tiny one, two rounds, and ceilings that take no time to measure."""
-    for module in (unet, scale):
+    for module in (unet, scale, video):
         monkeypatch.setattr(module, "SD21", MICRO)
     monkeypatch.setattr(step, "TINY", MICRO)
-    for module in (unet, scale, step):
+    for module in (unet, scale, step, video):
         monkeypatch.setattr(module, "in_turn", lambda works, device, *rest, **more: in_turn(works, device, rounds=2))
     ceilings = {"matmul": 1e9, "convolution": 1e9, "triad": 1e9}
     monkeypatch.setattr(unet, "ceilings", lambda *place: ceilings)
     monkeypatch.setattr(step, "ceilings", lambda *place: ceilings)
-    monkeypatch.setattr(unet, "arithmetic", lambda *place: 1e9)
+    for module in (unet, video):
+        monkeypatch.setattr(module, "arithmetic", lambda *place: 1e9)
 
 
 def test_unet(small, run):
     done = run("lab.bench", "unet", "--side", 64, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert "forward and backward, float32, 1 x 64x64" in done.stdout and "attention, 1024 x 77" in done.stdout
+
+
+def test_video(small, run, monkeypatch):
+    peer = functools.partial(
+        UNet3DConditionModel, sample_size=32, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=32, attention_head_dim=8)
+    monkeypatch.setattr(video, "PEERS", {"ModelScope (3-D UNet)": (peer, (2, 77, 32))})
+    monkeypatch.setattr(video, "unet_input", lambda device, dtype, h, w, batch: unet.unet_input(
+        device, dtype, h // 4, w // 4, batch))
+    done = run("lab.bench", "video", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "2 guided steps of 16 frames of 256x256, float32" in done.stdout and "extrapolated" in done.stdout
 
 
 def test_step_takes_options_of_a_config(small, run):
