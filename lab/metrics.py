@@ -1,4 +1,4 @@
-"""Numbers that say how good a video is: intervals, Fréchet distance, PSNR and SSIM. It knows no models and no files."""
+"""Numbers that say how good videos are, from tensors alone: Wilson intervals, Fréchet distance, PSNR, SSIM."""
 
 import math
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def wilson(right: int, n: int, z=1.96) -> tuple[float, float]:
-    """95% Wilson interval of a share of `right` in n: it stays inside 0..1, and is honest at 0 and 1."""
+    """95% Wilson interval of a share, `right` of n. It stays inside 0..1, and does not shrink to nothing at 0 and 1."""
     p, zz = right / n, z * z
     middle, spread = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
     return (middle - spread) / (1 + zz / n), (middle + spread) / (1 + zz / n)
@@ -21,7 +21,7 @@ def wilson(right: int, n: int, z=1.96) -> tuple[float, float]:
 
 
 class Gaussian:
-    """Mean and covariance of features that come in parts, in float64: memory does not grow with their number."""
+    """Mean and covariance of features, in float64. They are added part by part, so memory does not grow with them."""
 
     def __init__(self, dim: int):
         self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64)
@@ -56,7 +56,7 @@ def frechet_distance(one: Gaussian, two: Gaussian) -> float:
 
 
 def factor(covariance: torch.Tensor) -> torch.Tensor:
-    """A with A Aᵀ = covariance; directions that only rounding has given a variance get none."""
+    """A with A Aᵀ = covariance. Eigenvalues that are nothing but rounding count as zero."""
     values, vectors = torch.linalg.eigh(covariance)
     values[values < values.max() * len(values) * torch.finfo(values.dtype).eps] = 0
     return vectors * values.sqrt()
@@ -67,14 +67,14 @@ def factor(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(one: torch.Tensor, two: torch.Tensor, weight: torch.Tensor | None = None) -> float:
-    """Decibels between pictures (N, C, H, W) in 0..1, of the pixels where weight (H, W) is 1."""
+    """Decibels between pictures (N, C, H, W) in 0..1; with weight (H, W), only where it is 1."""
     error = (one - two).square().mean(dim=(0, 1))
     mean = error.mean() if weight is None else (error * weight).sum() / weight.sum()
     return -10 * math.log10(mean) if mean else math.inf
 
 
 def ssim_map(one: torch.Tensor, two: torch.Tensor, window=7) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004, Equation 13) around each pixel of pictures (N, C, H, W) in 0..1, where
+    """Structural similarity (Wang et al. 2004, Equation 13) of pictures (N, C, H, W) in 0..1, around each pixel where
     the window fits: (N, C, H - window + 1, W - window + 1). Uniform window, sample covariance."""
     one, two = one.double(), two.double()
 

@@ -1,4 +1,4 @@
-"""What came out of the ablations: tables in Markdown, and a figure, of the file of results."""
+"""The results of the ablations as tables and as a figure."""
 
 from functools import reduce
 from operator import getitem
@@ -12,7 +12,7 @@ from training.config import Config
 
 
 class Row:
-    """The runs of a variant, under its name; a name with a note where seeds are missing."""
+    """The runs of a variant. Its name says so where seeds are missing."""
 
     def __init__(self, variant: Variant, results: list[dict]):
         self.runs = [result for result in results if result["variant"] == variant.name]
@@ -20,18 +20,18 @@ class Row:
         self.name, self.videos = variant.name + few, sum(result["videos"] for result in self.runs)
 
     def share(self, what: str) -> tuple[float, float, float]:
-        """Of all videos of all seeds, in percent, with its Wilson interval."""
+        """Percent of all videos of all seeds, with its Wilson interval."""
         count = sum(result[what] for result in self.runs)
         return tuple(100 * x for x in (count / self.videos, *wilson(count, self.videos)))
 
     def spread(self, *keys: str) -> tuple[float, float, float]:
-        """Mean, least and largest over the seeds of what stands under the keys."""
+        """Mean, least and largest value over the seeds, read under some nested keys."""
         values = [reduce(getitem, keys, result) for result in self.runs]
         return sum(values) / len(values), min(values), max(values)
 
 
 def rows_of(results: list[dict]) -> dict[str, Row]:
-    """A row for each variant that has runs, by its name."""
+    """Rows by variant, without those that have no runs."""
     rows = {variant.name: Row(variant, results) for variant in VARIANTS}
     return {name: row for name, row in rows.items() if row.runs}
 
@@ -77,7 +77,7 @@ def pick(rows: dict[str, Row], *names: str) -> list[Row]:
 
 
 def draw_figure(results: list[dict], path: str):
-    """Four panels: Table 2, Figure 7, speed against FPS, and what the gate does to the loss."""
+    """Draw four panels: Table 2, Figure 7, speed against FPS, and what the gate does to the loss."""
     from matplotlib.figure import Figure  # of the extra `dev`
 
     drawing = Figure(figsize=(11, 7), layout="constrained")

@@ -69,7 +69,7 @@ VARIANTS = [
 
 
 class GatedUNet(UNet):
-    """The mixed embedding times a gate a channel that starts at zero: at first this is exactly the image model."""
+    """A UNet with a learned gate per channel on the mixed embedding: zero at first, so it starts as the image model."""
 
     def __init__(self, cfg):
         super().__init__(replace(cfg, mixed_embedding=False))
@@ -82,7 +82,7 @@ class GatedUNet(UNet):
 
 
 def video_unet(variant: Variant, image: UNet) -> UNet:
-    """The image model's UNet with what the variant adds to it; that starts fresh."""
+    """The image model's UNet and, freshly initialised, what a variant adds to it."""
     cfg = replace(image.cfg, mixed_embedding=variant.mixed_embedding, fps_embedding=variant.fps_embedding)
     unet = GatedUNet(cfg) if variant.gate else UNet(cfg)
     unet.load_state_dict(unet.state_dict() | image.state_dict())
@@ -90,7 +90,7 @@ def video_unet(variant: Variant, image: UNet) -> UNet:
 
 
 def image_unet(shipped: UNet) -> UNet:
-    """A fresh one without ETC's additions, three quarters as wide as the shipped model's."""
+    """A fresh UNet without ETC's additions, three quarters as wide as the shipped model's."""
     return UNet(replace(shipped.cfg, channels=48, head_width=48, mixed_embedding=False, fps_embedding=False))
 
 
@@ -99,7 +99,7 @@ def image_unet(shipped: UNet) -> UNet:
 
 
 def train(cfg: Config, make_unet, variant=Variant("")) -> "ProbedTask":
-    """A whole run; make_unet makes its UNet of the one in the checkpoint that it starts from."""
+    """Train a run to its end; make_unet turns the UNet of the checkpoint that it starts from into its own."""
     with Ranks(cfg.timeout) as ranks, claimed(cfg, ranks):
         cfg = in_precision(cfg, ranks)
         torch.manual_seed(cfg.seed)
@@ -172,7 +172,7 @@ def true_loss(cfg: Config, model: sd.Model, fps: float, said=None) -> float:
 
 
 def score(model: sd.Model, fps_values) -> dict:
-    """What the grader says of a model."""
+    """Grade a model on the toy world."""
     request = Request(steps=25)
     report = grade_prompts(model, "test", 1, request, batch_size=24)
     rows = grade_fps(model, "test", fps_values, request, batch_size=24)

@@ -117,5 +117,5 @@ def seconds_by_limit(events, device) -> Counter:
 
 
 def limit_of(operator: str) -> str:
-    """The ceiling that an operator knocks against, by the operator's name."""
+    """Which ceiling limits an operator, by its name."""
     return "convolution" if "conv" in operator else "matmul" if operator.endswith("mm") else "the rest"

@@ -51,8 +51,8 @@ def main(arguments):
 
 
 def peak_memory(h: int, w: int, grid) -> tuple[int, int]:
-    """Bytes at the peak of sampling with guidance in fp16, counted without allocating them: with all networks there,
-    and with each only while it works (sd.device.at_work). The UNet takes both halves of guidance, the VAE 16 frames."""
+    """Count bytes at the peak of sampling with guidance in fp16: with all networks in memory, and with each only while
+    it works (sd.device.at_work). The UNet takes both halves of guidance, the VAE 16 frames."""
     with FakeTensorMode(), torch.no_grad(), Account() as account:
         with default_dtype(torch.float16):
             model = sd.build(SD21, sd.Settings())

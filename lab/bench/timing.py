@@ -1,4 +1,4 @@
-"""The clock of the benchmarks: works that take turns, and this machine's ceilings."""
+"""The clock of the benchmarks: works that take turns, and the ceilings of this machine."""
 
 import functools
 import math
@@ -55,8 +55,10 @@ def clock(device: torch.device) -> float:
 
 
 def in_turn(works: dict, device, rounds=20, seconds=math.inf) -> dict[str, list[float]]:
-    """Seconds of each work, by name. They take turns, since a shared machine is now fast, now slow; a first round does
-    not count. After so many seconds no further round begins, once two have counted."""
+    """Run works in turns -> seconds of each run, by name: a shared machine is now fast, now slow, for all alike.
+
+    A first round warms up and does not count. After `seconds` no further round begins, once two have counted.
+    """
     spent, began = {name: [] for name in works}, time.perf_counter()
     for n in range(rounds + 1):
         if n > 2 and time.perf_counter() - began > seconds:
@@ -70,7 +72,7 @@ def in_turn(works: dict, device, rounds=20, seconds=math.inf) -> dict[str, list[
 
 
 def report(spent: dict[str, list[float]], peer: str, flop: dict[str, float], ceiling: float):
-    """A line each: median and range, speed as a multiple of the peer's, FLOP/s and their share of the ceiling."""
+    """Print a line each: median and range, speed as a multiple of the peer's, FLOP/s and their share of the ceiling."""
     for name, seconds in spent.items():
         middle, speed = statistics.median(seconds), flop[name] / statistics.median(seconds)
         print(f"  {name:30} {middle * 1e3:10.1f} ms ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f})  "
@@ -84,7 +86,7 @@ def report(spent: dict[str, list[float]], peer: str, flop: dict[str, float], cei
 
 @functools.cache
 def ceilings(device, dtype) -> dict[str, float]:
-    """What no network can beat: FLOP/s of a large matrix product and a large convolution, bytes/s of a triad."""
+    """Measure what no network can beat: FLOP/s of a large matrix product and convolution, bytes/s of a triad."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(8, 320, 64, 64, device=device, dtype=dtype).to(memory_format=torch.channels_last)

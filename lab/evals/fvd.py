@@ -136,7 +136,7 @@ class Detector:
 
 
 def gaussian_of(videos, detector: Detector, seed: int, limit: int, batch_size=8) -> Gaussian:
-    """Of at most `limit` videos, drawn by the seed. What cannot be used is named and left out."""
+    """Fit a Gaussian to the features of at most `limit` videos, drawn by the seed. What cannot be used is named."""
     gaussian, clips, bad = None, [], 0
     order = np.random.default_rng(seed).permutation(len(videos))[:limit]
     for n, i in enumerate(tqdm(order, desc=videos.path, unit="video", file=sys.stderr)):

@@ -53,7 +53,10 @@ def sample_all(model: sd.Model, jobs, request: Request, batch_size: int):
 
 
 def grade_prompts(model: sd.Model, split: str, seeds: int, request: Request, batch_size=8) -> Report:
-    """Every triple of a split on every background, `seeds` times each; the prompts of the request are not used."""
+    """Sample and grade every triple of a split on every background, `seeds` times each.
+
+    request  how to sample; its prompts are not used
+    """
     jobs = [(toy.caption(*scene), seed) for scene in toy.scenes(split) for seed in range(seeds)]
     right, cuts, failures, tracks = Counter(), 0, [], []
     for (prompt, seed), video in zip(jobs, sample_all(model, jobs, request, batch_size)):
@@ -93,8 +96,9 @@ def trajectory_distances(tracks: torch.Tensor, split: str, seeds: int, fps: floa
 
 
 def grade_fps(model: sd.Model, split: str, fps_values, request: Request, batch_size=8):
-    """FPS -> (median px a frame along the asked direction, share of the clips where a motion can be read, scatter).
+    """Sample at several FPS values and measure motion: FPS -> (speed, share, scatter), None where no shape is found.
 
+    The speed is the median of px a frame along the asked direction, the share that of the clips where it can be read.
     The scatter is the mean distance between the shape in two consecutive frames: large where frames are unrelated.
     """
     jobs = [(toy.caption(*triple, background), 1000)

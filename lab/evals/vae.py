@@ -1,4 +1,4 @@
-"""What the VAE loses: PSNR and SSIM of frames encoded one by one, as here, and stitched first, as in the paper
+"""Measure what the VAE loses: PSNR and SSIM of frames encoded one by one, as here, and stitched first, as in the paper
 (appendix H).
 
     python -m lab.evals.vae --ckpt weights/tiny.safetensors
@@ -27,7 +27,7 @@ BORDER = 8  # pixels from a frame's edge: one latent pixel of Stable Diffusion
 
 
 def reconstructions(model: sd.Model, frames: torch.Tensor):
-    """frames uint8 (T, 3, H, W) -> what comes back in 0..1, encoded one by one and as one stitched image."""
+    """Yield what comes back of frames uint8 (T, 3, H, W), in 0..1: encoded one by one, then as one stitched image."""
     rows, cols = grid_shape(len(frames))
     for images in (frames, fold(frames[None], rows, cols)):
         mean = encode_frames(model.vae, images).chunk(2, dim=1)[0]
@@ -37,7 +37,7 @@ def reconstructions(model: sd.Model, frames: torch.Tensor):
 
 
 def vae_scores(model: sd.Model, clips) -> dict[str, dict[str, float]]:
-    """How -> PSNR and SSIM inside the frames and along their borders, the mean over clips."""
+    """Mean PSNR and SSIM over clips, inside the frames and along their borders, for both ways to encode."""
     scores = {"one by one": [], "stitched": []}
     for frames in clips:
         true = frames.float() / 255
@@ -53,7 +53,7 @@ def vae_scores(model: sd.Model, clips) -> dict[str, dict[str, float]]:
 
 
 def toy_clips(frames: int):
-    """True renders without end, uint8 (T, 3, 64, 64) each."""
+    """Yield true renders without end, uint8 (T, 3, 64, 64) each."""
     rng = np.random.default_rng(0)
     for scene in itertools.cycle(toy.scenes("test")):
         clip = toy.true_render(scene, rng, frames, 4 if frames <= 16 else frames / toy.SECONDS)
@@ -61,7 +61,7 @@ def toy_clips(frames: int):
 
 
 def listed_clips(path: str, frames: int, size: tuple[int, int]):
-    """The usable clips of a list, uint8 (T, 3, H, W) each."""
+    """Yield the usable clips of a list, uint8 (T, 3, H, W) each."""
     videos = ListedVideos(path, frames, size, fps=None)
     for i in range(len(videos)):
         try:

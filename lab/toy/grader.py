@@ -11,15 +11,15 @@ from numpy.lib.stride_tricks import sliding_window_view
 from grid import largest_factor
 from lab.toy.world import BACKGROUNDS, COLORS, DIRECTIONS, EXTENT, SHAPES, SIZE, coverage
 
-FAINT = 48      # RGB distance from the background up to which a pixel belongs to it: noise reaches 20, shapes 120
-SPECK = 3       # px: what has no room for a square of this side is no shape; moving edges leave thin lines in H.264
-BLOB = 400      # px: what has room for that many of those squares is no shape either; a blurred one of ours has 150
+FAINT = 48      # RGB distance from the background up to which a pixel counts as such: noise reaches 20, shapes 120
+SPECK = 3       # px: a blob that no square of this side fits into is no shape; moving edges leave thin lines in H.264
+BLOB = 400      # px: a blob that so many of those squares fit into is none either; a blurred shape of ours has 150
 AGREE = 0.85    # share of pixels, or frames, that must agree before they have one answer: at most 2 frames of 16 err
 STILL = 0.08    # px a frame: half of the slowest true motion, SPEED at 60 FPS
-ERRATIC = 2     # px that half of the positions are off their straight line, from where on it is no motion at all
+ERRATIC = 2     # px: when half of the positions are further off a straight line, there is no direction
 WINDOW = 20     # px a side of the window in which shapes are compared
 ALIKE = 0.96    # correlation with a template, at least
-CLEARLY = 0.7   # the nearest answer is at most this part as far off as the second nearest, or there is none
+CLEARLY = 0.7   # the nearest answer must be closer than this share of the second nearest's distance, else there is none
 
 
 @dataclass
@@ -138,7 +138,7 @@ def centroids(covered):
 
 
 def name_of(pixels, palette):
-    """The palette's name for pixels (N, 3), if they agree and it is clearly nearer than the second nearest."""
+    """Name the colour of pixels (N, 3) after a palette, if they agree and one name is clearly the nearest."""
     color = np.median(pixels, axis=0)
     near = np.sqrt(((pixels - color)**2).sum(-1)) < FAINT
     distances = np.sqrt(((np.array(list(palette.values())) - color)**2).sum(-1))
@@ -148,7 +148,7 @@ def name_of(pixels, palette):
 
 
 def shape_of(covered, centers, scale):
-    """The shape whose templates coverages (T, H, W) with centroids (T, 2), all in pixels, are most like, or None."""
+    """Name the shape in coverages (T, H, W) with centroids (T, 2), in pixels, by the templates it resembles most."""
     seen = standard(aligned(covered, centers, scale))
     likeness = np.array([(looks @ seen).max() for looks in templates()])
     second, first = np.sort(likeness)[-2:]
@@ -157,7 +157,7 @@ def shape_of(covered, centers, scale):
 
 @cache
 def templates():
-    """What `aligned` makes of each true shape, somewhat smaller and larger, sharp and blurred: list of (6, pixels)."""
+    """Views of each true shape as `aligned` gives them, three sizes, sharp and blurred: a list of (6, pixels)."""
     middles = SIZE / 2 + np.stack(np.meshgrid([0, 0.25, 0.5, 0.75], [0, 0.25, 0.5, 0.75]), -1).reshape(-1, 2)
     looks = []
     for shape in SHAPES:

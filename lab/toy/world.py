@@ -1,4 +1,4 @@
-"""The world itself: its words, its drawings, and the files that are rendered of it."""
+"""The world itself: its words, its drawings, and its files."""
 
 import csv
 import json
@@ -116,7 +116,7 @@ def trajectory(direction: str | None, times, rng, size=SIZE):
 
 
 def true_render(scene, rng, frames: int, fps: float):
-    """What a video of a scene should be like: uint8 (T, SIZE, SIZE, 3), from anywhere along its path."""
+    """Draw a scene as a perfect model would, from a random start of its path: uint8 (T, SIZE, SIZE, 3)."""
     color, shape, direction, background = scene
     times = rng.uniform(0, SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
     return draw(color, shape, background, trajectory(direction, times, rng))
