@@ -1,7 +1,9 @@
 """The tiny model in twenty minutes on two cores: UNet and text tower from nothing, the VAE from the shipped file.
 
+    python train.py configs/tiny.py
+
 At 4 FPS sixteen frames span most of a clip, so where a shape is follows from the direction in the caption and the
-number of the frame. The shipped model, which knows every frame rate, is the chain that begins with tiny_first.py.
+number of the frame. The shipped model knows every frame rate; the runs that made it begin with shipped/first.py.
 """
 
 train = "unet"
@@ -25,7 +27,7 @@ prediction = "v"
 zero_snr = True
 spacing = "trailing"
 timestep_shift = 2.2
-timestep_width = 0.45  # where frames need each other (see tiny_first.py), and everywhere else a little
+timestep_width = 0.45  # where frames need each other (see shipped/first.py), and a little elsewhere
 default_fps = 4
 guidance = 2.0
 eta = 1.0
@@ -40,7 +42,7 @@ clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01
 ema = 0.999
-dtype = "bfloat16"
+dtype = "auto"
 
 log_every = 50
 sheet_every = 3600

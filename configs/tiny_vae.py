@@ -1,4 +1,7 @@
-"""The VAE of the tiny model, from nothing on the toy world: a quarter of an hour on two cores."""
+"""The VAE of the tiny model, from nothing on the toy world: a quarter of an hour on two cores.
+
+    python train.py configs/tiny_vae.py
+"""
 
 train = "vae"
 model = "tiny"
@@ -15,6 +18,6 @@ betas = (0.9, 0.99)
 weight_decay = 0.01
 ema = 0.995
 kl_weight = 1e-5
-dtype = "bfloat16"
+dtype = "auto"
 log_every = 50
 licence = "MIT, trained from nothing on the toy world"

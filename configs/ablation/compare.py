@@ -1,4 +1,7 @@
-"""The text-to-image model, second of three: sheets of nine equal pictures, where comparing them pays (see tiny.py)."""
+"""The text-to-image model, second of three: sheets of nine equal pictures, at timesteps where comparing them pays.
+
+Why it pays there: shipped/first.py.
+"""
 
 train = "unet"
 init = "runs/ablation_image/model.safetensors"
@@ -22,7 +25,7 @@ lr = 6e-4
 warmup = 50
 betas = (0.9, 0.99)
 weight_decay = 0.01
-dtype = "bfloat16"
+dtype = "auto"
 
 log_every = 100
 sheet_every = 1200

@@ -26,7 +26,7 @@ warmup = 50
 cooldown = 300
 betas = (0.9, 0.99)
 weight_decay = 0.01
-dtype = "bfloat16"
+dtype = "auto"
 
 log_every = 100
 sheet_every = 10_000

@@ -23,7 +23,7 @@ warmup = 50
 cooldown = 800
 betas = (0.9, 0.99)
 weight_decay = 0.01
-dtype = "bfloat16"
+dtype = "auto"
 
 log_every = 100
 sheet_every = 2500

@@ -1,9 +1,13 @@
-"""The tiny model, first of six: UNet and text tower from nothing, where frames need each other and words are heard.
+"""The tiny model, first of six runs: UNet and text tower from nothing, where frames need each other and words count.
+
+    python train.py configs/shipped/first.py
 
 Between timesteps 600 and 850 a shape is lost in the noise of one frame, and plain in sixteen: what is learned there is
 to compare frames. With less noise there is nothing to compare for, with more nothing to compare. At 4 FPS sixteen
 frames span most of a clip, so where a shape is follows from the direction in the caption and the number of the frame.
-The VAE comes from the shipped file; to make that one too, see the README.
+
+The VAE comes from the shipped file; tiny_vae.py and vae_finish.py make it. The five runs that follow are files of what
+they change, each applied on top of all before it (docs/tiny.md).
 """
 
 train = "unet"

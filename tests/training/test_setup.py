@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, ci_options, train_here
+from runs import ROOT, ci_options, few_labels, train_here
 
 import sd
 from training.config import read_config
@@ -56,10 +56,8 @@ def test_validation_that_leaves_nothing_is_refused(finished, world, n):
 @pytest.fixture
 def encoding(world, micro, tmp_path):
     """A config that encodes with the text tower, two labels alone, and its model."""
-    labels = sorted(Path(world, "labels").iterdir())[:2]
-    (tmp_path / "labels.txt").write_text("".join(f"{path} {path.name.replace('_', ' ')}\n" for path in labels))
     cfg = read_config([CI, f"--init={micro}", f"--toy={world}", f"--encoded={tmp_path}/encoded",
-                       f"--out_dir={tmp_path}/run", f"--label={tmp_path}/labels.txt", "--train_text=False"])
+                       f"--out_dir={tmp_path}/run", f"--label={few_labels(world, tmp_path, 2)}", "--train_text=False"])
     return cfg, make_model(cfg)
 
 
