@@ -19,6 +19,8 @@ from sd.presets import MICRO
 from training.checkpoints import run_checkpoints
 from training.config import read_config
 
+runs.VALIDATION_TIMESTEPS = (500,)  # probes are most of a small run; its process imports this file, so there too
+
 
 @pytest.fixture
 def image():
