@@ -6,8 +6,8 @@ Between timesteps 600 and 850 a shape is lost in the noise of one frame, and pla
 to compare frames. With less noise there is nothing to compare for, with more nothing to compare. At 4 FPS sixteen
 frames span most of a clip, so where a shape is follows from the direction in the caption and the number of the frame.
 
-The VAE comes from the shipped file; tiny_vae.py and vae_finish.py make it. The five runs that follow are files of what
-they change, each applied on top of all before it (docs/tiny.md).
+The VAE comes from the shipped file; tiny_vae.py and vae_finish.py make it. The five runs that follow start from one
+another's models, and their files hold what they change of this one (all commands: docs/tiny.md).
 """
 
 train = "unet"

@@ -1,12 +1,12 @@
 """The tiny model, second of six runs: every frame rate, still where frames need each other.
 
-    python train.py configs/shipped/{first,frames}.py
+    python train.py configs/shipped/first.py configs/shipped/frames.py
 
 At 8 FPS and above where a shape is no longer follows from the caption: it has to be read off the other frames.
 """
 
 init = "runs/shipped_first/model.safetensors"
-vae = ""  # that of init, from here on
+vae = ""  # that of init
 out_dir = "runs/shipped_frames"
 
 encoded = "data/toy-encoded"
