@@ -24,7 +24,8 @@ FLOORS = [
 PRODUCT = sorted(path for path in Path(ROOT).rglob("*.py") if path.relative_to(ROOT).parts[0] not in
                  ("tests", "configs", "build", "runs", "data", "out") and ".venv" not in path.parts)
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PRODUCT}
-ROOT_BUDGET, FILE_BUDGET, PRODUCT_BUDGET = 1600, 400, 6000  # lines
+ROOT_BUDGET, FILE_BUDGET = 1600, 400  # lines
+CODE_BUDGET = 6000  # lines of the whole product that are neither blank nor a docstring
 
 
 def floor(name: str) -> int:
@@ -65,9 +66,21 @@ def test_the_root_is_read_in_an_evening():
     root = [path for path in PRODUCT if path.parent == Path(ROOT)]
     assert {path.stem for path in root} <= {"grid", "embed", "model", "data", "train", "sample", "cli", "demo"}
     assert sum(lines(path) for path in root if path.stem not in ("cli", "demo")) <= ROOT_BUDGET
-    assert sum(map(lines, PRODUCT)) <= PRODUCT_BUDGET
     assert lines(Path(ROOT, "README.md")) <= 200
+
+
+def test_the_product_stays_small():
+    assert sum(map(code_lines, PRODUCT)) <= CODE_BUDGET
 
 
 def lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def code_lines(path: Path) -> int:
+    """Lines that are neither blank nor part of a docstring."""
+    text = path.read_text(encoding="utf-8")
+    documented = (node.body[0] for node in ast.walk(ast.parse(text))
+                  if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node))
+    inside = {n for docstring in documented for n in range(docstring.lineno, docstring.end_lineno + 1)}
+    return sum(bool(line.strip()) and n not in inside for n, line in enumerate(text.splitlines(), 1))
