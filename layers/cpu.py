@@ -1,4 +1,4 @@
-"""Attention on a CPU, where torch's fused kernel is not the fastest for every shape. The sums are those of `model.attention`.
+"""Attention on a CPU, where torch's fused kernel is not the fastest for every shape. The sums are the same.
 
 Measured by `python -m lab.bench attention`.
 """

@@ -1,4 +1,4 @@
-"""Reference implementations of Stable Diffusion: diffusers' and transformers', at reduced width, with random weights."""
+"""Stable Diffusion as diffusers and transformers implement it, at reduced width, with random weights."""
 
 import functools
 import os
