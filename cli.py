@@ -171,12 +171,9 @@ def unknown_option(name: str, kind) -> str:
 
 def add_option(parser: Parser, f: dataclasses.Field, kind):
     """Add the option of a field. One that is not given is not in what argparse returns: the dataclass fills it in."""
-    about = f.metadata
-    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-    text = [about.get("help", "")]
-    text += [f"one of {', '.join(map(str, about['choices']))}"] if about.get("choices") else []
-    text += [f"default {default}"] if default not in (None, "", ()) and default is not False else []
-    named = {"help": "; ".join(text).replace("%", "%%"), "metavar": about.get("metavar") or f.name.upper()}
+    about, default = f.metadata, f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    metavar = about.get("metavar") or ("[BOOL]" if kind is bool else f.name.upper())
+    named = {"help": help_of(about, default).replace("%", "%%"), "metavar": metavar}
 
     def read(text):
         try:
@@ -191,6 +188,15 @@ def add_option(parser: Parser, f: dataclasses.Field, kind):
     else:
         nargs = None if default is None else "?"
         parser.add_argument(f.name, nargs=nargs, type=read, default=argparse.SUPPRESS, **named)
+
+
+def help_of(about, default) -> str:
+    """What --help says of an option: what it is, what it may be, and what it is when it is not given."""
+    known = [str(choice) for choice in about.get("choices") or () if choice]
+    if isinstance(default, tuple):
+        default = ("x" if about.get("read") is read_size else ",").join(map(str, default))
+    given = [f"default {default}"] if default not in (None, "", False) else []
+    return "; ".join([about.get("help", "")] + ([f"one of {', '.join(known)}"] if known else []) + given)
 
 
 class Gather(argparse.Action):

@@ -1,14 +1,6 @@
 """From a prompt to a video: the noise schedule, the samplers, generate(), and the command line.
 
     python sample.py "a red circle moving right"
-
-Sampling in five lines (`denoise`):
-
-    x = noise
-    for i, t in enumerate(timesteps):                                       # noisiest first
-        without, with_prompt = unet(x, t, negative), unet(x, t, context)
-        x0, eps = schedule.x0_and_eps(x, without + guidance * (with_prompt - without), t)
-        x = sampler.step(i, x, x0, eps)
 """
 
 import os
@@ -139,6 +131,11 @@ SAMPLERS = {"ddim": DDIM, "ddpm": DDPM}
 def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=50, guidance=7.0,
             sampler="ddim", eta=0.0, noise=None):
     """Sample: a generator that yields (i, t, x_t, predicted x_0) after every step; the last x_t is the sample.
+
+        for i, t in enumerate(timesteps):                                     # noisiest first
+            without, with_prompt = unet(x, t, negative), unet(x, t, context)
+            x0, eps = schedule.x0_and_eps(x, without + guidance * (with_prompt - without), t)
+            x = sampler.step(i, x, x0, eps)
 
     unet      called as unet(x, t, context, fps, grid)
     x         (B, 4, H, W) pure noise, frames folded into a grid image
