@@ -54,7 +54,8 @@ def save(model: Model, path: str):
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model_tensors(model).items()}
     with beside(path) as part:
         try:
-            save_file(tensors, part, metadata={"format": "pt", "etc": json.dumps(header)})
+            save_file(tensors, part, metadata={
+                "format": "pt", "etc": json.dumps(header), "modelspec.prediction_type": model.settings.prediction})
         except SafetensorError as error:  # its word for a full disk
             raise OSError(str(error)) from error
 

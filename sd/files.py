@@ -1,6 +1,5 @@
 """Files of weights: every tensor by name, mapped into memory."""
 
-import json
 import pickle
 
 import torch
@@ -21,7 +20,7 @@ class Inert:
 
 
 def open_weights(path: str):
-    """Map a file into memory -> (get: name -> tensor, {name: shape}, our header or None).
+    """Map a file into memory -> (get: name -> tensor, {name: shape}, metadata: name -> text).
 
     Safetensors or PyTorch is told by the first bytes, as names mislead. Raises ValueError on neither, or only a part.
     """
@@ -31,7 +30,7 @@ def open_weights(path: str):
         if start[8:9] == b"{":
             file = safe_open(path, framework="pt")
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            return file.get_tensor, shapes, json.loads((file.metadata() or {}).get("etc", "null"))
+            return file.get_tensor, shapes, file.metadata() or {}
         if start.startswith(b"PK\3\4"):
             others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             with torch.serialization.safe_globals([(Inert, name) for name in others]):
@@ -39,7 +38,7 @@ def open_weights(path: str):
             if not isinstance(tensors, dict):
                 raise ValueError(f"{path} holds a {type(tensors).__name__} and not named tensors; {EXPECTED}")
             tensors = tensors.get("state_dict", tensors)
-            return tensors.__getitem__, {name: tuple(getattr(t, "shape", ())) for name, t in tensors.items()}, None
+            return tensors.__getitem__, {name: tuple(getattr(t, "shape", ())) for name, t in tensors.items()}, {}
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} is refused: besides tensors it pickles what could run as a program") from error
     except (SafetensorError, RuntimeError) as error:
@@ -58,11 +57,11 @@ class Weights:
         self.path, self.get, self.copied = None, None, 0
 
     def add(self, path: str, prefix: str = ""):
-        """The tensors of one more file, under prefix + name -> the file's header."""
-        _, shapes, header = open_weights(path)
+        """The tensors of one more file, under prefix + name -> the file's metadata."""
+        _, shapes, metadata = open_weights(path)
         self.shapes |= {prefix + name: shape for name, shape in shapes.items()}
         self.home |= {prefix + name: (path, name) for name in shapes}
-        return header
+        return metadata
 
     def read(self, name: str, device, dtype) -> torch.Tensor:
         """A view into the mapped file where that is what is wanted already, else a copy.

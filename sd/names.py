@@ -97,5 +97,6 @@ def text_parameters(layers: int, theirs: str) -> dict[str, tuple[str, ...]]:
 IGNORED = (
     "betas", "*alphas_cumprod*", "posterior_*", "logvar", "lvlb_weights", "scale_factor",  # tables of the schedule
     "model_ema.*", "first_stage_model.model_ema.*", "first_stage_model.loss.*", "global_step",  # of training
-    "*embeddings.position_ids", "*attn_mask", "*logit_scale",  # 0, 1, 2...; the causal mask; of CLIP's loss
+    "*embeddings.position_ids", "*attn_mask",  # 0, 1, 2...; the causal mask
+    "*logit_scale", "*text_projection.weight",  # of CLIP's loss
 )

@@ -64,8 +64,8 @@ def refuse_foreign(path: str, shapes):
 def read_file(path: str, ema: bool) -> Source:
     """A single file in the original layout, ours or a published one."""
     weights = Weights(path)
-    header = weights.add(path)
-    shapes = weights.shapes
+    metadata = weights.add(path)
+    header, shapes = json.loads(metadata.get("etc", "null")), weights.shapes
     refuse_foreign(path, shapes)
     homes = {part: (prefix,) for part, prefix in PREFIX.items()} | {"unet": (PREFIX["unet"], "etc.")}
     names = {part: {("model." if part == "text" else "") + name.removeprefix(home): (name,)
@@ -82,8 +82,10 @@ def read_file(path: str, ema: bool) -> Source:
         names["unet"] |= averages
         ignored += (PREFIX["unet"] + "*",)
     if header is None:
-        settings = Settings(origin={"base": {"from": os.path.basename(path), "licence": LICENCE[family]}})
-        return Source(weights, names, FAMILY[family], settings, family == "SD 1", ignored)
+        told = metadata.get("modelspec.prediction_type")  # as kohya's scripts and others write it
+        settings = Settings(prediction="v" if told in ("v", "v_prediction") else "epsilon",
+                            origin={"base": {"from": os.path.basename(path), "licence": LICENCE[family]}})
+        return Source(weights, names, FAMILY[family], settings, told is not None or family == "SD 1", ignored)
     known = {f.name for f in fields(Settings)}
     settings = Settings(**{k: tuple(v) if k == "fps_trained" else v for k, v in header.items() if k in known})
     header["architecture"]["unet"]["fps_embedding"] = header["fps_embedding"]
@@ -100,6 +102,8 @@ FIXED = {  # what a folder's config.json may say of things that our networks do 
 }
 WEIGHTS = re.compile(  # diffusers' and transformers' names of weight files: a variant, one shard of several
     r"(?:diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(?:-\d+-of-(\d+))?(\.fp16)?\.(safetensors|bin)")
+# diffusers writes "linspace" for Euler, DPM-Solver++, UniPC and LMS: it is theirs, and says nothing of the weights
+SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "leading"}
 
 
 def folder_weights(folder: str) -> list[str]:
@@ -177,7 +181,7 @@ def read_folder(path: str, origin: str) -> Source:
         beta_start=scheduler["beta_start"],
         beta_end=scheduler["beta_end"],
         zero_snr=scheduler.get("rescale_betas_zero_snr", False),
-        spacing=meaning(scheduler, "timestep_spacing", "leading", {"leading": "leading", "trailing": "trailing"}),
+        spacing=meaning(scheduler, "timestep_spacing", "leading", SPACINGS),
         latent_scale=vae.get("scaling_factor", 0.18215),
         width=side,
         height=side,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_folder_with_a_shard_missing(family, tmp_path):
     ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, "understood are scaled_linear"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 100}, "num_train_timesteps is 100"),
     ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "'sample'; understood are epsilon, v_pred"),
-    ("scheduler/scheduler_config.json", {"timestep_spacing": "linspace"}, "'linspace'; understood are leading, trail"),
+    ("scheduler/scheduler_config.json", {"timestep_spacing": "cosine"}, "'cosine'; understood are leading, trailing"),
     ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'"),
     ("unet/config.json", {"attention_head_dim": [2, 3, 4, 4]}, "neither the number of heads"),
     ("unet/config.json", {"act_fn": "relu"}, "act_fn is 'relu'"),
@@ -150,6 +151,33 @@ def test_zero_snr_and_trailing(tmp_path):
     edit(tmp_path / "scheduler/scheduler_config.json", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     settings = load(path).settings
     assert settings.zero_snr and settings.spacing == "trailing" and settings.prediction == "v"
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_folder_saved_with_another_sampler(tmp_path, name):
+    """Whose spacing of timesteps, "linspace", is the sampler's: the weights are the same."""
+    path = save_reference("SD 1", tmp_path)
+    scheduler = getattr(diffusers, name).from_config(reference("SD 1")[3].config, timestep_spacing="linspace")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    assert load(path).settings.spacing == "leading"
+
+
+def test_projections_beside_the_text_tower_are_left_alone(family, tensors, tmp_path):
+    save_reference(family, tmp_path)
+    rewrite(tmp_path / "text_encoder" / "model.safetensors",
+            lambda d: d | {"text_projection.weight": torch.ones(64, 64), "logit_scale": torch.ones(())})
+    assert same(load(str(tmp_path)), tensors)
+
+
+@pytest.mark.parametrize("told, prediction", [("v", "v"), ("v_prediction", "v"), ("epsilon", "epsilon")])
+def test_the_prediction_that_other_tools_note(tensors, tmp_path, capsys, told, prediction):
+    path = str(tmp_path / "model.safetensors")
+    save_file(tensors, path, metadata={"format": "pt", "modelspec.prediction_type": told})
+    model = load(path)
+    assert model.settings.prediction == prediction and not capsys.readouterr().err
+    save(model, path)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == prediction
 
 
 def test_linear_betas(tmp_path):
