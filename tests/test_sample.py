@@ -111,6 +111,8 @@ def test_at_work_brings_a_network_and_leaves_it_at_home(micro):
 
 def test_networks_take_turns_where_memory_is_short(monkeypatch):
     """Counted on a GPU of pretence: while the UNet works, the other two are not there."""
+    if not torch.cuda.is_available() and torch.__version__ < "2.7":
+        pytest.skip("a GPU of pretence wants a driver up to torch 2.6")
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)  # what is made here has no contents
     request, card = Request("x", frames=64, size=(64, 64), steps=1), torch.device("cuda", 0)
     with FakeTensorMode(), Account() as account:
