@@ -45,10 +45,8 @@ class Ranks:
 
     def __exit__(self, kind, error, trace):
         if self.world > 1:
-            left = kind in (None, SystemExit)
-            self.watchdog.stop(failed=not left)
-            if left:
-                self.sum(torch.zeros(1))  # without torchrun the store goes with rank 0: not before every last word
+            self.watchdog.stop(failed=kind not in (None, SystemExit))
+            if kind is None:
                 dist.destroy_process_group()
 
     def at(self, place: str):

@@ -65,7 +65,8 @@ class Watchdog:
                 all_there = self.store.check(names)
                 states = [json.loads(text) for text in self.store.multi_get(names)] if all_there else []
             except RuntimeError:  # the store went with the process that ran it
-                self.leave("the store of rank 0's machine is gone")
+                if not ended:  # at the end rank 0 may be the first to go
+                    self.leave("the store of rank 0's machine is gone")
             if ended:
                 return
             now = time.monotonic()

@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +78,18 @@ def test_patience_is_nested_and_its_end_is_progress(watchdog):
         before = watchdog.progress
     assert seen == [(True, "model"), (True, "lists"), (True, "lists: done")]
     assert not watchdog.is_patient and watchdog.progress == before + 1 and watchdog.place == "model: done"
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_store_that_is_gone_ends_the_job_unless_it_has_ended(watchdog, monkeypatch, ended):
+    def gone(*_):
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(watchdog, "store", SimpleNamespace(set=gone))
+    if ended:
+        watchdog.ended.set()
+    with nullcontext() if ended else pytest.raises(Left, match="the store of rank 0's machine is gone"):
+        watchdog.watch()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
