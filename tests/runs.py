@@ -119,7 +119,6 @@ def warm_up(context):
     """Start the fork server, with all imports done."""
     context.set_forkserver_preload(["runs"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # threads do not survive a fork: up to torch 2.6 their pool is waited for
         patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.path.dirname(os.path.abspath(__file__))]))
         forkserver.ensure_running()
 
