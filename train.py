@@ -247,7 +247,7 @@ def run(cfg: Config, ranks: Ranks, task):
                 with ranks.patient("checkpoint"):  # a slow disk is no reason to end the job
                     save_run(cfg, ranks, done, module, optimizer, scale, log)
             if stopped or last:
-                ranks.sum(torch.zeros(1))  # leave together: torchrun, or NCCL, ends whoever is still saving
+                ranks.together()  # torchrun, or NCCL, ends whoever is still saving
             if stopped:
                 by = interrupt.name or "another rank"
                 print(f"stopped by {by} after step {done}, saved; the same command goes on")

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 
 import torch
@@ -70,6 +70,15 @@ class Ranks:
         while not self.watchdog.store.check([name]):
             time.sleep(POLL)
         return json.loads(self.watchdog.store.get(name))
+
+    def together(self):
+        """Wait until every rank is here, by the store: gloo of torch 2.6 can deadlock where a collective comes just
+        before the end of its group."""
+        if self.world > 1:
+            with suppress(RuntimeError):  # without torchrun the store goes with rank 0, which leaves when all are here
+                self.watchdog.store.add("together", 1)
+                while self.watchdog.store.add("together", 0) < self.world:
+                    time.sleep(POLL)
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum a tensor on the CPU over all ranks, in place."""
