@@ -29,7 +29,7 @@ def timestep_embedding(t, dim: int, max_period: float = 10_000.0):
 
 
 def mixed_embedding(rows: int, cols: int, h: int, w: int, channels: int, theta: float = 10_000.0):
-    """What is added to the noisy latent grid so that frames can be told apart -> (channels, rows*h, cols*w) fp32.
+    """The embedding added to the noisy latent grid so that frames can be told apart -> (channels, rows*h, cols*w) fp32.
 
     The lower half of the channels says where inside its frame a latent pixel is, (i, j); the upper half says in which
     frame, t = row + col * rows, the number that Equation 1 gives it. Keeping the two apart (Equation 4) is what makes

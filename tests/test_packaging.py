@@ -1,4 +1,4 @@
-"""What is imported is declared, in the lowest version that CI tests. (.ci/run also tries that we install no module.)"""
+"""Imports are declared, in the lowest version that CI tests. (.ci/run also tries that we install no module.)"""
 
 import ast
 import re

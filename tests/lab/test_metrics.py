@@ -43,7 +43,7 @@ def reference(one, two):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 24), st.floats(0.01, 100))
 def test_frechet_distance_is_scipys(seed, dim, scale):
-    """Of correlated Gaussians, full rank."""
+    """Correlated Gaussians, full rank."""
     rng = np.random.default_rng(seed)
     one, two = (rng.normal(size=(6 * dim, dim)) @ rng.normal(size=(dim, dim)) * scale + rng.normal() for _ in range(2))
     assert frechet_distance(gaussian(one), gaussian(two)) == pytest.approx(reference(one, two), rel=1e-6)

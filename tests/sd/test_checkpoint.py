@@ -210,7 +210,7 @@ JUNK = {"betas": 1000, "alphas_cumprod": 1000, "sqrt_one_minus_alphas_cumprod": 
 
 
 def averages(tensors):
-    """Of the UNet's weights, under the names that the original training code gives them."""
+    """The average of the UNet's weights, under the names that the original training code gives it."""
     return {"model_ema." + name.removeprefix("model.").replace(".", ""): t + 1
             for name, t in tensors.items() if name.startswith("model.diffusion_model.")}
 

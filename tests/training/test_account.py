@@ -134,7 +134,7 @@ def test_the_full_size_fits_a_card_of_24_gb(name):
 
 
 def test_memory_of_the_host_is_that_of_the_shards():
-    """Of 100 MB of weights; tests/training/test_offload.py has it against what is allocated."""
+    """100 MB of weights; tests/training/test_offload.py has it against what is allocated."""
     mega = 10**6
     pinned = {world: world * 2**size for world, size in ((1, 27), (8, 24))}  # 100 and 12.5 MB, rounded up
     for world, gpu, ema, showing, saving in (

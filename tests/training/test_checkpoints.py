@@ -63,7 +63,7 @@ def test_a_rank_that_dies_comes_back(processes, world, by_two, tmp_path):
     ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=2", "--rdzv_backend=c10d", "--rdzv_id=two",
      "--rdzv_endpoint=localhost:29517"]], ids=["one machine", "two machines"])
 def test_torchrun_starts_again_what_died(world, by_two, tmp_path, options):
-    """Of two machines only the one that lost its rank counts a failure, and yet both go on."""
+    """Only the one of two machines that lost its rank counts a failure, and yet both go on."""
     shutil.copytree(by_two / "encoded", tmp_path / "encoded")
     command = [*torchrun(2, *options), "tests/runs.py", "1", "SIGKILL", "train.loss_of", "7", "train.py",
                "configs/ci.py", *ci_options(world, tmp_path), *BY_TWO, "--batch_size=2"]
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_model_is_refused(copied, world, wrong):
 
 @pytest.mark.slow
 def test_resuming_needs_no_more_memory_than_starting(world, finished, tmp_path):
-    """Of the process alone: pages of the mapped checkpoint belong to the system, which takes them when it wants."""
+    """The process alone counts: pages of the mapped checkpoint belong to the system, which takes them when it wants."""
     shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
     options = [*ci_options(world, tmp_path), "--model=tiny", f"--vae={finished[0]}/run/model.safetensors",
                "--prompts=()", "--max_steps=4", "--save_every=2"]
