@@ -16,8 +16,10 @@ The library raises ordinary exceptions, ValueError and OSError, with a text for 
 
 import argparse
 import ast
+import codecs
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
@@ -254,7 +256,51 @@ def warn(text: str):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Text that people wrote
+
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+
+
+def read_text(path: str) -> str:
+    """The text of a file, see `decode`. Raises ValueError where it is no text, and OSError."""
+    with open(path, "rb") as file:
+        return decode(file.read(), path)
+
+
+def decode(data: bytes, path: str) -> str:
+    """Bytes of a file as text, in UTF-8 or in what its byte order mark says.
+
+    Raises ValueError, naming the line, on anything else: another encoding would be a guess, and train on nonsense.
+    """
+    mark = next(filter(data.startswith, MARKS), b"")
+    data, encoding = data[len(mark) :], MARKS.get(mark, "utf-8")
+    try:
+        text = data.decode(encoding)
+        wrong = text.find("\0")
+        if wrong < 0:
+            return text
+        before = text[:wrong]
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode(encoding, errors="replace")
+    raise ValueError(f"{path}, line {before.count(chr(10)) + 1}: not text in UTF-8; save it as UTF-8")
+
+
+def read_json(path: str):
+    """What a JSON file holds. Raises ValueError, naming the line, where it is none, and OSError."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
+        raise ValueError(f"{path}: not JSON that can be read: {one_line(error)}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files that are never half there
+
+UMASK = os.umask(0)  # to read it is to set it: done once, before there are threads
+os.umask(UMASK)
 
 
 @contextmanager
@@ -266,6 +312,8 @@ def beside(path: str):
     part = f"{path}.part"
     try:
         yield part
+        if os.path.isfile(part):
+            os.chmod(part, 0o666 & ~UMASK)  # safetensors makes files that nobody else may read
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error

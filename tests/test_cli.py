@@ -149,6 +149,43 @@ def test_commands_run_from_any_folder(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Text that people wrote
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])).filter(lambda s: s[:1] != "\ufeff"),
+       st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_text_is_read_as_its_byte_order_mark_says(text, encoding):
+    assert cli.decode(text.encode(encoding), "list.csv") == text
+
+
+@pytest.mark.parametrize("data, line", [
+    (b"a\nb \x92s", 2), (b"\xff\xfea\0\n\0\0\xd8", 2), (b"\xff", 1), (b"a\n\nb\0", 3),
+    ("a cat".encode("utf-16-le"), 1), (b"\xef\xbb\xbf\n\xe9", 2)])
+def test_what_is_no_text_is_told_with_its_line(data, line):
+    with pytest.raises(ValueError, match=rf"^list.csv, line {line}: not text in UTF-8; save it as UTF-8$"):
+        cli.decode(data, "list.csv")
+
+
+@given(st.binary())
+def test_bytes_are_text_or_refused(data):
+    try:
+        assert "\ufffd" not in cli.decode(data, "x") or b"\xef\xbf\xbd" in data or data[:1] in (b"\xff", b"\xfe")
+    except ValueError as error:
+        assert "not text" in str(error)
+
+
+def test_json_is_read_or_refused_with_its_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes('{"a": "é"}'.encode("utf-8-sig"))
+    assert cli.read_json(path) == {"a": "é"}
+    for text, said in (('{\n"a": 1,\n', "line 3: not JSON"), ("[" * 100_000, "not JSON that can be read"),
+                       ("9" * 5000, "not JSON that can be read"), ("", "line 1: not JSON")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            cli.read_json(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -162,3 +199,12 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert open(path).read() == "before" and os.listdir(tmp_path) == ["file"]
     cli.write_text(path, "after")
     assert open(path).read() == "after" and os.listdir(tmp_path) == ["file"]
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+    for mask, mode in (("022", "644"), ("077", "600"), ("002", "664")):
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import cli, os\nwith cli.beside(sys.argv[2]) as part:"
+                " os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))")
+        subprocess.run(["sh", "-c", f'umask {mask}; exec "$@"', "sh", sys.executable, "-c", code, ROOT, tmp_path / mask],
+                       check=True)
+        assert f"{os.stat(tmp_path / mask).st_mode & 0o777:o}" == mode
