@@ -205,6 +205,6 @@ def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
     for mask, mode in (("022", "644"), ("077", "600"), ("002", "664")):
         code = ("import sys; sys.path.insert(0, sys.argv[1]); import cli, os\nwith cli.beside(sys.argv[2]) as part:"
                 " os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))")
-        subprocess.run(["sh", "-c", f'umask {mask}; exec "$@"', "sh", sys.executable, "-c", code, ROOT, tmp_path / mask],
-                       check=True)
+        shell = ["sh", "-c", f'umask {mask}; exec "$@"', "sh"]
+        subprocess.run([*shell, sys.executable, "-c", code, ROOT, tmp_path / mask], check=True)
         assert f"{os.stat(tmp_path / mask).st_mode & 0o777:o}" == mode
