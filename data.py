@@ -15,6 +15,7 @@ clips/ knows how a file becomes a sample. Here stands which sample comes when (`
 """
 
 import functools
+import multiprocessing
 import signal
 from dataclasses import dataclass
 
@@ -166,9 +167,8 @@ def batches(stream: Stream, first: int, last: int, workers: int, limit=300):
     if not workers:
         yield from map(stream.batch, range(first, last))
         return
-    # not forked from this process: where it decodes or has a GPU, locks of libraries may stay locked in a child
     loader = DataLoader(stream, batch_size=None, sampler=range(first, last), num_workers=workers, prefetch_factor=4,
-                        timeout=limit, multiprocessing_context="forkserver", worker_init_fn=ignore_interrupts)
+                        timeout=limit, multiprocessing_context=start_method(), worker_init_fn=ignore_interrupts)
     try:
         for batch in loader:
             if isinstance(batch, ValueError):
@@ -180,6 +180,11 @@ def batches(stream: Stream, first: int, last: int, workers: int, limit=300):
         if "exited unexpectedly" in str(error):
             raise ValueError(f"a worker that reads data was killed, maybe because memory ran out ({error})") from error
         raise
+
+
+def start_method() -> str:
+    """How workers start: not forked from this process, where locks of libraries may stay locked in a child."""
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def ignore_interrupts(worker: int):

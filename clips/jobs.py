@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 try:
     import fcntl
-except ImportError:  # on Windows nothing is locked
+except ImportError:  # on Windows
     fcntl = None
 
 
@@ -37,6 +37,21 @@ def results(pool: ThreadPoolExecutor, work, chosen, ahead: int):
         yield waiting.popleft().result()
 
 
+def lock(file) -> bool:
+    """Lock an open file until it is closed or the process ends, however it ends -> False when another process has it.
+
+    True too where there are no locks: on Windows, and on some network file systems.
+    """
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 @contextmanager
 def appending(path: str):
     """Context manager: open a file of JSON lines, in binary, to read it and to append to it, alone.
@@ -44,13 +59,8 @@ def appending(path: str):
     A last line that an interruption tore is cut off. Raises ValueError while another process has the file.
     """
     with open(path, "a+b") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path} is being written by another process: wait for it, or stop it") from error
-        except OSError:
-            pass  # some network file systems have no locks
+        if not lock(file):
+            raise ValueError(f"{path} is being written by another process: wait for it, or stop it")
         file.seek(0)
         file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
         file.seek(0)
