@@ -55,6 +55,11 @@ class Model:
             part.to(*args, **kwargs)
         return self
 
+    def bad_tensors(self) -> list[str]:
+        """Names of the tensors that hold NaN or infinity, as "unet.out.2.weight"."""
+        return [f"{part}.{name}" for part, module in self.parts().items() for name, tensor in module.state_dict().items()
+                if not tensor.isfinite().all()]
+
     def check_size(self, width: int, height: int, frames: int):
         """Raise ValueError unless frames of this size, in pixels, are whole latent pixels and make a grid."""
         factor, halvings = self.vae.cfg.downsampling, self.unet.cfg.downsampling
