@@ -16,14 +16,14 @@ from fnmatch import fnmatchcase
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from cli import beside, warn
 from layers.basic import initialize, zero
-from model import UNet
 from sd.files import Weights
-from sd.names import EXTRA, SD1_TEXT, file_name, text_parameters
+from sd.names import SD1_TEXT, file_name, text_parameters
 from sd.presets import ModelConfig
-from sd.settings import Model, build
+from sd.settings import Model, build, make_layout
 from sd.shapes import EXPECTED, SHAPELESS, Named, text_config, unet_config, vae_config
 from sd.sources import Source, download, is_repository, read_file, read_folder
 
@@ -89,7 +89,9 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
         source.settings = replace(source.settings, prediction=prediction)
     elif not source.says_prediction:
         warn(f'{path} does not say what it predicts: "epsilon" is assumed; SD 2 at 768 pixels wants "v"')
-    source.settings = replace(source.settings, layout=layout or source.settings.layout)
+    if layout and layout != source.settings.layout:
+        source.settings = replace(source.settings, layout=layout, layout_options={})
+        source.fresh += ("layout.",)
     return assemble(source, device, dtype)
 
 
@@ -100,9 +102,9 @@ def assemble(source: Source, device, dtype) -> Model:
     for part, read in (("unet", unet_config), ("vae", vae_config), ("text", text_config)):
         shapes = {n: weights.shapes[theirs[0]] for n, theirs in pieces[part].items() if theirs[0] in weights.shapes}
         configs[part] = replace(read(Named(shapes, f"{what} ({part})")), **source.told[part])
-    plain = not configs["unet"].fps_embedding and "fps_embedding" not in source.told["unet"]
-    if plain:
+    if not configs["unet"].fps_embedding and "fps_embedding" not in source.told["unet"]:
         configs["unet"] = replace(configs["unet"], fps_embedding=True)
+        source.fresh += ("time_proj.", "fps_proj.")
     if configs["text"].width != configs["unet"].context_dim:
         raise ValueError(f"{what}: the text tower gives {configs['text'].width} channels, "
                         f"the UNet takes {configs['unet'].context_dim}; {EXPECTED}")
@@ -111,14 +113,13 @@ def assemble(source: Source, device, dtype) -> Model:
 
     wanted = [(part, name, tensor.shape, pieces[part].get(name, (file_name(part, name),)))
               for part, module in model.parts().items() for name, tensor in module.state_dict().items()
-              if not (plain and part == "unet" and name.startswith(EXTRA))]
+              if not (part == "unet" and name.startswith(source.fresh))]
     check(weights, wanted, source.ignored)
     states = {part: {} for part in pieces}
     for part, name, shape, theirs in wanted:
         tensors = [weights.read(n, device, dtype) for n in theirs]
         states[part][name] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).reshape(shape)
-    if plain:
-        states["unet"] |= fresh_projections(model.unet, device, dtype)
+    states["unet"] |= fresh_tensors(model, source.fresh, device, dtype)
     for part, module in model.parts().items():
         module.load_state_dict(states[part], assign=True)
         module.eval()
@@ -145,13 +146,21 @@ def per_pixel(shape):
     return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
-def fresh_projections(unet: UNet, device, dtype) -> dict[str, torch.Tensor]:
-    """ETC's own tensors for a UNet that has none yet: the same at every load, and adding zero."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name in ("time_proj", "fps_proj"):
-        layers = getattr(unet, name).to_empty(device="cpu")
-        initialize(layers, generator=generator)
-        zero(layers[-1])
+def fresh_tensors(model: Model, parts: tuple[str, ...], device, dtype) -> dict[str, torch.Tensor]:
+    """ETC's own tensors for a UNet that has none yet: the same at every load, and changing nothing.
+
+    parts  the beginnings of their names, among EXTRA
+    """
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name in (part.removesuffix(".") for part in parts):
+        if name == "layout":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                layers = make_layout(model.unet.cfg, model.settings)
+            initialize(layers, nn.Linear, torch.Generator().manual_seed(0))
+        else:
+            layers = getattr(model.unet, name).to_empty(device="cpu")
+            initialize(layers, generator=generator)
+            zero(layers[-1])
         tensors |= {f"{name}.{k}": tensor for k, tensor in layers.to(device, dtype).state_dict().items()}
     return tensors

@@ -1,16 +1,18 @@
 """What a model is: three networks, and the settings that their tensors do not tell."""
 
-from dataclasses import dataclass, field
+import inspect
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from grid import grid_shape
-from model import Grid, UNet
+from model import Grid, UNet, UNetConfig
 from sd.presets import ModelConfig
 from sd.text import TextEncoder
 from sd.vae import AutoencoderKL
 
-# Ways to see time, by name: a function of the UNet's config that makes the layout object. New ones are registered here.
+# Ways to see time, by name: what makes the layout object, a function of the UNet's config and of the layout's options,
+# each with a default. New ones are registered here.
 LAYOUTS = {"grid": lambda cfg: Grid()}
 BETA_SCHEDULES = ("scaled_linear", "linear")  # linear in sqrt(beta), as Stable Diffusion's; linear in beta
 
@@ -27,6 +29,7 @@ class Settings:
     spacing: str = "leading"  # of the sampler's timesteps: "leading" or "trailing"
     latent_scale: float = 0.18215  # VAE latent x latent_scale has a standard deviation of about 1
     layout: str = "grid"  # how the tokens of a clip meet, one of LAYOUTS
+    layout_options: dict = field(default_factory=dict)  # of that layout; a model has all of them
     frames: int = 1  # from here on: what the model was trained on, and what sampling therefore does by default
     width: int = 512
     height: int = 512
@@ -75,8 +78,24 @@ class Model:
 
 
 def build(config: ModelConfig, settings: Settings) -> Model:
-    """A model with fresh random weights. Raises ValueError on a layout that is not known."""
+    """A model with fresh random weights. Raises ValueError on a layout that is not known, or its options."""
+    settings = replace(settings, layout_options=layout_options(settings))
+    unet = UNet(config.unet, make_layout(config.unet, settings))
+    return Model(unet, AutoencoderKL(config.vae), TextEncoder(config.text), settings)
+
+
+def make_layout(cfg: UNetConfig, settings: Settings) -> Grid:
+    """A fresh layout object of the settings for a UNet. Raises ValueError as `build` does."""
+    return LAYOUTS[settings.layout](cfg, **layout_options(settings))
+
+
+def layout_options(settings: Settings) -> dict:
+    """All options of the layout, as the settings say or by default. Raises ValueError on unknown names."""
     if settings.layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {settings.layout!r}")
-    unet = UNet(config.unet, LAYOUTS[settings.layout](config.unet))
-    return Model(unet, AutoencoderKL(config.vae), TextEncoder(config.text), settings)
+    _, *known = inspect.signature(LAYOUTS[settings.layout]).parameters.values()  # the first is the UNet's config
+    options = {option.name: option.default for option in known} | settings.layout_options
+    for name in options.keys() - {option.name for option in known}:
+        raise ValueError(f"layout_options of {settings.layout!r} must be among "
+                         f"{', '.join(option.name for option in known) or 'none'}, got {name!r}")
+    return options

@@ -32,6 +32,7 @@ class Source:
     settings: Settings
     says_prediction: bool = True
     ignored: tuple[str, ...] = IGNORED
+    fresh: tuple[str, ...] = ()  # the beginnings of the UNet's names (of EXTRA) that the files do not have
 
 
 FOREIGN = {  # how a name in another kind of file begins, and what that file is

@@ -354,9 +354,9 @@ def test_own_file_comes_back_to_the_bit(tmp_path, fps_embedding):
 
 def test_a_layout_keeps_its_tensors_and_its_name_in_the_file(tmp_path, monkeypatch):
     class Gated(Grid):
-        def __init__(self, cfg):
+        def __init__(self, cfg, start=0.5, speed=1):
             super().__init__()
-            self.gate = torch.nn.Parameter(torch.full((cfg.channels,), 0.5))
+            self.gate = torch.nn.Parameter(torch.full((cfg.channels,), start))
 
     monkeypatch.setitem(LAYOUTS, "gated", Gated)
     path = str(tmp_path / "gated.safetensors")
@@ -364,10 +364,18 @@ def test_a_layout_keeps_its_tensors_and_its_name_in_the_file(tmp_path, monkeypat
     assert "etc.layout.gate" in load_file(path)
     model = load(path)
     assert model.settings.layout == "gated" and torch.equal(model.unet.layout.gate, torch.full((16,), 0.5))
+    assert model.settings.layout_options == {"start": 0.5, "speed": 1}, "whatever the defaults become"
     with pytest.raises(ValueError, match="has unknown tensors, etc.layout.gate"):
         load(path, layout="grid")
-    with pytest.raises(ValueError, match="layout must be one of grid, gated, got 'spiral'"):
+    with pytest.raises(ValueError, match="layout must be one of grid, .*gated, got 'spiral'"):
         load(path, layout="spiral")
+    with pytest.raises(ValueError, match="layout_options of 'gated' must be among start, speed, got 'spin'"):
+        build(MICRO, Settings(layout="gated", layout_options={"spin": 1}))
+    save(build(MICRO, Settings()), path)
+    assert torch.equal(load(path, layout="gated").unet.layout.gate, torch.full((16,), 0.5)), "fresh where there is none"
+    save(build(MICRO, Settings(layout="gated", layout_options={"start": 2.0})), path)
+    model = load(path, layout="gated")
+    assert model.settings.layout_options["start"] == 2 and model.unet.layout.gate[0] == 2, "its own is no other layout"
 
 
 def test_training_does_not_write_into_the_file(tmp_path):
