@@ -1,19 +1,22 @@
 """What a model is: three networks, and the settings that their tensors do not tell."""
 
 import inspect
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
+import cli
+from beyond.temporal import Temporal
+from cli import option
 from grid import grid_shape
 from model import Grid, UNet, UNetConfig
 from sd.presets import ModelConfig
-from sd.text import TextEncoder
+from sd.text import TextConfig, TextEncoder
 from sd.vae import AutoencoderKL
 
 # Ways to see time, by name: what makes the layout object, a function of the UNet's config and of the layout's options,
 # each with a default. New ones are registered here.
-LAYOUTS = {"grid": lambda cfg: Grid()}
+LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal}
 BETA_SCHEDULES = ("scaled_linear", "linear")  # linear in sqrt(beta), as Stable Diffusion's; linear in beta
 
 
@@ -21,26 +24,36 @@ BETA_SCHEDULES = ("scaled_linear", "linear")  # linear in sqrt(beta), as Stable 
 class Settings:
     """What the tensors of a model do not tell. The defaults are those of Stable Diffusion 2.1-base."""
 
-    prediction: str = "epsilon"  # what the UNet predicts: "epsilon" or "v"
-    beta_schedule: str = BETA_SCHEDULES[0]
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    zero_snr: bool = False  # rescaled so that the last timestep is pure noise; needs prediction "v"
-    spacing: str = "leading"  # of the sampler's timesteps: "leading" or "trailing"
-    latent_scale: float = 0.18215  # VAE latent x latent_scale has a standard deviation of about 1
-    layout: str = "grid"  # how the tokens of a clip meet, one of LAYOUTS
-    layout_options: dict = field(default_factory=dict)  # of that layout; a model has all of them
-    frames: int = 1  # from here on: what the model was trained on, and what sampling therefore does by default
-    width: int = 512
-    height: int = 512
-    fps: float = 30  # the default condition
-    fps_trained: tuple[float, ...] = ()
-    sampling_steps: int = 50
-    guidance: float = 7.0
-    eta: float = 0.0  # noise that DDIM adds, 0..1
-    grid_trained: bool = False  # whether it has ever seen a grid
-    ema: bool = False  # whether the weights are a moving average
-    origin: dict = field(default_factory=dict)  # config, steps, commit, data, licence
+    prediction: str = option("epsilon", "what the UNet predicts", choices=("epsilon", "v"))
+    beta_schedule: str = option(BETA_SCHEDULES[0], "how the betas rise", choices=BETA_SCHEDULES)
+    beta_start: float = option(0.00085, above=0)
+    beta_end: float = option(0.012, high=0.999)
+    zero_snr: bool = option(False, "rescaled so that the last timestep is pure noise; needs prediction v")
+    spacing: str = option("leading", "of the sampler's timesteps", choices=("leading", "trailing"))
+    latent_scale: float = option(0.18215, "VAE latent x latent_scale has a standard deviation of about 1", above=0)
+    layout: str = option("grid", "how the tokens of a clip meet, one of LAYOUTS")
+    layout_options: dict = option({}, "of that layout; a model has all of them")
+    # from here on: what the model was trained on, and what sampling therefore does by default
+    frames: int = option(1, low=1, high=2**16)
+    width: int = option(512, low=1, high=2**16)
+    height: int = option(512, low=1, high=2**16)
+    fps: float = option(30, "the default condition", low=0, high=120)
+    fps_trained: tuple[float, ...] = option((), low=0, high=120)
+    sampling_steps: int = option(50, low=1, high=1000)
+    guidance: float = option(7.0)
+    eta: float = option(0.0, "noise that DDIM adds", low=0, high=1)
+    grid_trained: bool = option(False, "whether it has ever seen a grid")
+    ema: bool = option(False, "whether the weights are a moving average")
+    origin: dict = option({}, "config, steps, commit, data, licence")
+
+    def check(self):
+        """Raise ValueError where a setting is no such thing, or two do not go together."""
+        cli.check(self)
+        if self.beta_start >= self.beta_end:
+            raise ValueError(f"beta_end must be > beta_start, got {self.beta_end:g} and {self.beta_start:g}")
+        if self.zero_snr and self.prediction != "v":
+            raise ValueError('zero_snr needs prediction "v": at pure noise, ε says nothing of x_0')
+        grid_shape(self.frames)
 
 
 @dataclass
@@ -78,7 +91,9 @@ class Model:
 
 
 def build(config: ModelConfig, settings: Settings) -> Model:
-    """A model with fresh random weights. Raises ValueError on a layout that is not known, or its options."""
+    """A model with fresh random weights. Raises ValueError on settings or widths that cannot be, or do not fit."""
+    settings.check()
+    check_widths(config)
     settings = replace(settings, layout_options=layout_options(settings))
     unet = UNet(config.unet, make_layout(config.unet, settings))
     return Model(unet, AutoencoderKL(config.vae), TextEncoder(config.text), settings)
@@ -99,3 +114,33 @@ def layout_options(settings: Settings) -> dict:
         raise ValueError(f"layout_options of {settings.layout!r} must be among "
                          f"{', '.join(option.name for option in known) or 'none'}, got {name!r}")
     return options
+
+
+def check_widths(config: ModelConfig):
+    """Raise ValueError where a config says what is no size, or networks that cannot be built or do not fit together."""
+    for part, cfg in (("UNet", config.unet), ("VAE", config.vae), ("text tower", config.text)):
+        try:
+            cli.check(cfg)
+        except ValueError as error:
+            raise ValueError(f"{part}: {error}") from error
+    unet, vae, text = config.unet, config.vae, config.text
+    widths = [unet.channels * m for m in unet.channel_mult]
+    attended = [*(widths[i] for i in unet.attention_levels if i < len(widths)), *widths[-1:]]
+    for part, name, number, wides in (
+            ("UNet", "norm_groups", unet.norm_groups, [unet.channels, *widths]),
+            ("UNet", "head_width", unet.num_heads or unet.head_width or 0, attended),
+            ("VAE", "norm_groups", vae.norm_groups, [vae.channels * m for m in vae.channel_mult]),
+            ("text tower", "heads", text.heads, [text.width])):
+        for wide in wides or [0]:
+            if number < 1 or wide < 1 or wide % number:
+                raise ValueError(f"{part}: {name} must divide the width {wide}, got {number}")
+    for name, number, low, high in (("skip_last", text.skip_last, 0, text.layers - 1), ("length", text.length, 3, 1024),
+                                    ("pad_id", text.pad_id, 0, text.vocab - 1)):
+        if not low <= number <= high:
+            raise ValueError(f"text tower: {name} must be in {low}..{high}, got {number}")
+    if text.vocab < TextConfig.vocab:
+        raise ValueError(f"text tower: vocab must be that of CLIP, {TextConfig.vocab} or more, got {text.vocab}")
+    for what, theirs, ours in (("text tower gives {} channels", text.width, unet.context_dim),
+                               ("VAE has latents of {} channels", vae.latent_channels, unet.latent_channels)):
+        if theirs != ours:
+            raise ValueError(f"the {what.format(theirs)}, the UNet takes {ours}")
