@@ -52,10 +52,15 @@ def save(model: Model, path: str):
         "architecture": {p: {k: getattr(configs[p], k) for k in names} for p, names in SHAPELESS.items()},
     }
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model_tensors(model).items()}
+    write_tensors(tensors, path, {
+        "format": "pt", "etc": json.dumps(header), "modelspec.prediction_type": model.settings.prediction})
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str] | None = None):
+    """Write a safetensors file, beside `path` and then renamed into place. Raises OSError."""
     with beside(path) as part:
         try:
-            save_file(tensors, part, metadata={
-                "format": "pt", "etc": json.dumps(header), "modelspec.prediction_type": model.settings.prediction})
+            save_file(tensors, part, metadata)
         except SafetensorError as error:  # its word for a full disk
             raise OSError(str(error)) from error
 
