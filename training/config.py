@@ -11,6 +11,7 @@ from clips.samples import SOURCES
 from grid import grid_shape
 from sample import NoiseSchedule
 from sd.presets import PRESETS
+from sd.settings import LAYOUTS
 
 
 @dataclass
@@ -22,6 +23,9 @@ class Config:
     model: str = option("tiny", "architecture of a model that starts from nothing", choices=tuple(PRESETS))
     init: str = option("", "the checkpoint to start from; without, random weights")
     vae: str = option("", "the checkpoint to take the VAE and its latent scale from, when not `init`")
+    layout: str = option("", "how the tokens of a clip meet; without, what the checkpoint says, or grid",
+                         choices=("", *LAYOUTS))
+    layout_options: dict = option({}, "of the layout, where it is chosen here, like {'positions': 256}")
     train_text: bool = option(False, "train the text tower too; Stable Diffusion keeps it frozen")
     mixed_embedding: bool = option(True, "off for ablations")
     fps_embedding: bool = option(True, "off for ablations")
