@@ -134,6 +134,7 @@ class Grid(nn.Module):
 
     name = "grid"
     per_frame = False
+    positions = None  # the most frames of a clip; None: any number
 
     def self_attention(self, attn: Attention, h, clip: Clip):
         """What attn1 makes of the normed h (B, H, W, C) -> (B, H, W, C)."""
@@ -316,14 +317,17 @@ class UNet(nn.Module):
         grid     (rows, cols); None: plain SD
         """
         B, C, H, W = x.shape
-        factor = self.cfg.downsampling
-        if H % factor or W % factor:
-            raise ValueError(f"the UNet needs latent sides divisible by {factor}, got {H} x {W} (height x width)")
-        T = grid[0] * grid[1] if grid else 1
+        T, factor = grid[0] * grid[1] if grid else 1, self.cfg.downsampling
+        per_frame = self.layout.per_frame and grid is not None
+        height, width = (H // grid[0], W // grid[1]) if per_frame else (H, W)
+        if height % factor or width % factor:
+            raise ValueError(f"the UNet needs latent sides divisible by {factor}, got {height} x {width} (height x "
+                             "width)")
+        if self.layout.positions and T > self.layout.positions:
+            raise ValueError(f"the layout numbers at most {self.layout.positions} frames, got {T}")
         for name, frames in (("t", t.shape[1:]), ("context", context.shape[1:-2])):
             if frames and (grid is None or frames[0] != T):
                 raise ValueError(f"{name} is given for {frames[0]} frames, and the grid {grid} has {T}")
-        per_frame = self.layout.per_frame and grid is not None
         if per_frame:
             x, t, context, fps = frames_apart(x, t, context, fps, grid)
         elif grid is not None and self.cfg.mixed_embedding:

@@ -41,10 +41,7 @@ class Temporal(Grid):
         """h (B*T, C, H, W) of all frames -> the same with what the module over time adds."""
         if clip.grid is None or str(number) not in self.motion:
             return h
-        T = clip.grid[0] * clip.grid[1]
-        if T > self.positions:
-            raise ValueError(f"frames must be <= {self.positions}, as many as the model numbers in time, got {T}")
-        return self.motion[str(number)](h, T)
+        return self.motion[str(number)](h, clip.grid[0] * clip.grid[1])
 
 
 def hooked_widths(cfg: UNetConfig) -> list[int]:

@@ -80,6 +80,11 @@ class Model:
         """Raise ValueError unless frames of this size, in pixels, are whole latent pixels and make a grid."""
         factor, halvings = self.vae.cfg.downsampling, self.unet.cfg.downsampling
         rows, cols = grid_shape(frames)
+        if self.unet.layout.positions and frames > self.unet.layout.positions:
+            raise ValueError(f"frames must be <= {self.unet.layout.positions}, as many as the model numbers in time, "
+                             f"got {frames}")
+        if self.unet.layout.per_frame:
+            rows = cols = 1
         for side, cells, name in ((width, cols, "width"), (height, rows, "height")):
             if side < factor or side % factor:
                 raise ValueError(f"{name} must be divisible by {factor}, the VAE's factor, got {side}: use "
