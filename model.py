@@ -86,12 +86,17 @@ def split_heads(x, heads: int):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attention(q, k, v):
-    """Softmax(Q K^T / sqrt(d)) V: q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d)."""
+def attention(q, k, v, bias=None):
+    """Softmax(Q K^T / sqrt(d) + bias) V: q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d).
+
+    bias  a number for each key, in a shape that spreads to (B, heads, 1, S); None is 0
+    """
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(*q.shape[:2], 1, k.shape[2])
     if q.device.type == "cpu":
-        return cpu.attention(q, k, v)
+        return cpu.attention(q, k, v, bias)
     # the fused kernel scales q before the product and keeps the softmax in fp32: SD 2.1 overflows fp16 otherwise
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, bias)
 
 
 class Attention(nn.Module):
@@ -123,6 +128,7 @@ class Clip:
     grid: tuple[int, int] | None  # (rows, cols); None is plain Stable Diffusion
     t: torch.Tensor  # timesteps, (B,) or (B, T)
     emb: torch.Tensor  # what the residual blocks receive, (B, E) or (B, T, E)
+    x: torch.Tensor  # what the first convolution receives, (B, 4, H, W): from its sides follows how deep a hook stands
 
 
 class Grid(nn.Module):
@@ -335,7 +341,7 @@ class UNet(nn.Module):
             x = x.float() + self.mixed_embedding(*grid, H, W, C, x.device)
 
         emb = self.embedding(t, fps)
-        given = emb, context, self.layout, Clip(grid, t, emb)
+        given = emb, context, self.layout, Clip(grid, t, emb, x)
         h, skips = self.down(x.to(self.out[2].weight.dtype), given)
         h = self.run(self.middle_block, h, given)
         out = self.out(self.up(h, skips, given))

@@ -63,7 +63,7 @@ def test_every_frame_gets_the_embedding_of_its_timestep(grid, H, W):
     seen = []
     block.out_layers.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     x = torch.randn(B, 8, H // 4, W // 4)  # the deepest level
-    block(x, emb, Clip(grid, None, emb))
+    block(x, emb, Clip(grid, None, emb, None))
     added, expected = seen[0] - block.in_layers(x), block.emb_layers(emb)  # (B, T, 12)
     for i in range(H // 4):
         for j in range(W // 4):
@@ -106,7 +106,7 @@ def test_every_token_attends_to_the_prompt_of_its_frame(grid, H, W):
     attn = make().middle_block[1].transformer_blocks[0].attn2
     h = torch.randn(B, H // 4, W // 4, attn.to_q.in_features)
     context = torch.randn(B, T, 7, TINY.unet.context_dim)
-    found = Grid().cross_attention(attn, h, context, Clip(grid, None, None))
+    found = Grid().cross_attention(attn, h, context, Clip(grid, None, None, None))
     for i in range(H // 4):
         for j in range(W // 4):
             frame = int((i + 0.5) * rows / (H // 4)) + int((j + 0.5) * cols / (W // 4)) * rows
@@ -207,7 +207,7 @@ def test_down_middle_and_up_are_the_whole():
     """What feature reuse stands on: the three parts may be called alone, and leave the skips as they were."""
     unet, (x, t, context, fps, grid) = make(mixed_embedding=False), inputs((2, 2), 16, 16)
     emb = unet.embedding(t, fps)
-    given = emb, context, unet.layout, Clip(grid, t, emb)
+    given = emb, context, unet.layout, Clip(grid, t, emb, x)
     h, skips = unet.down(x, given)
     h = unet.run(unet.middle_block, h, given)
     first, second = (unet.out(unet.up(h, skips, given)) for _ in range(2))
