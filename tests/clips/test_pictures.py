@@ -1,5 +1,8 @@
 """Pictures of one size: upright, square pixels, antialiased, and the part of them that was asked for."""
 
+import os
+import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clips.decode import frames_at, opened
+from clips.decode import Bad, frames_at, opened
 from clips.pictures import View, cover, crop, fit_frame, fit_image
 
 
@@ -91,3 +94,255 @@ def test_photographs_are_turned_as_their_camera_says(tmp_path):
     exif[0x0112] = 6  # turn a quarter clockwise
     Image.fromarray(corners(0)).save(tmp_path / "photo.jpg", exif=exif, quality=95)
     assert colors(fit_image(str(tmp_path / "photo.jpg"), 32, 48, View())) == ["blue", "red", "white", "green"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a viewer shows
+
+
+def shown(path, width, height):
+    """uint8 (height, width, 3) of an image file."""
+    return fit_image(str(path), width, height, View()).permute(1, 2, 0).numpy()
+
+
+def over_white(colors, alpha):
+    """Colors (H, W, 3 or 1) in 0..255 with alpha (H, W) in 0..255, on white: what a viewer shows, in floats."""
+    return 255 - (255 - colors.astype(float)) * alpha[..., None] / 255 * np.ones(3)
+
+
+def deep(a):
+    return a[..., 0].astype(np.uint16) * 256 + a[..., 1]
+
+
+def indexed(a, transparency=None):
+    """An image in the palette that the bytes of `a` make, and its palette in RGB (256, 3)."""
+    palette = np.random.default_rng(a.sum()).integers(0, 256, (256, 3), np.uint8)
+    image = Image.fromarray(a[..., 0].copy(), "P")
+    image.putpalette(palette.tobytes())
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image, palette[a[..., 0]]
+
+
+ALPHAS, OPAQUE = np.arange(256, dtype=np.uint8)[::-1].copy(), np.full(256, 255, np.uint8)
+MODES = {  # random bytes (H, W, 4) -> an image, and what a viewer shows of it: by formula, without Pillow
+    "1": lambda a: (Image.fromarray(a[..., 0] > 127), over_white((a[..., :1] > 127) * 255, a[..., 3] * 0 + 255)),
+    "L": lambda a: (Image.fromarray(a[..., 0].copy()), over_white(a[..., :1], a[..., 3] * 0 + 255)),
+    "I;16": lambda a: (Image.fromarray(deep(a)), over_white(deep(a)[..., None] / 257, a[..., 3] * 0 + 255)),
+    "LA": lambda a: (Image.fromarray(a[..., [0, 3]].copy()), over_white(a[..., :1], a[..., 3])),
+    "RGB": lambda a: (Image.fromarray(a[..., :3].copy()), over_white(a[..., :3], a[..., 3] * 0 + 255)),
+    "RGBA": lambda a: (Image.fromarray(a.copy()), over_white(a[..., :3], a[..., 3])),
+    "CMYK": lambda a: (Image.fromarray(a.copy(), "CMYK"), (255.0 - a[..., :3]) * (255 - a[..., 3:]) / 255),
+    "P": lambda a: (indexed(a)[0], over_white(indexed(a)[1], a[..., 3] * 0 + 255)),
+    "P, one clear": lambda a: (indexed(a, 7)[0], over_white(indexed(a)[1], (a[..., 0] != 7) * 255)),
+    "P, alphas": lambda a: (indexed(a, ALPHAS.tobytes())[0], over_white(indexed(a)[1], ALPHAS[a[..., 0]])),
+}
+ENDINGS = {
+    "png": ("1", "L", "I;16", "LA", "RGB", "RGBA", "P", "P, one clear", "P, alphas"),
+    "tif": ("1", "L", "I;16", "LA", "RGB", "RGBA", "CMYK", "P"),
+    "gif": ("L", "P", "P, one clear"),
+    "webp": ("RGB", "RGBA"),
+    "bmp": ("1", "L", "RGB", "P"),
+    "jp2": ("L", "LA", "RGB", "RGBA"),
+}
+KINDS = [(ending, mode) for ending, modes in ENDINGS.items() for mode in modes]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(4, 24), st.integers(4, 24), st.integers(0, 2**32 - 1))
+def test_every_mode_is_shown_as_on_a_white_page(tmp_path_factory, kind, width, height, seed):
+    """To the level at its own size; when it shrinks, like what is laid on white first and resized then."""
+    (ending, mode), a = kind, np.random.default_rng(seed).integers(0, 256, (height, width, 4), np.uint8)
+    path = tmp_path_factory.mktemp("modes") / f"image.{ending}"
+    image, expected = MODES[mode](a)
+    image.save(path, **{"webp": {"lossless": True, "exact": True}}.get(ending, {}))
+    assert np.abs(shown(path, width, height) - expected).max() <= 1
+    w, h = cover(width, height, 3, 3)
+    small = Image.fromarray(expected.round().astype(np.uint8)).resize((w, h), Image.BICUBIC)
+    assert np.abs(shown(path, w, h) - np.asarray(small, float)).max() <= 24  # both round and clip, in another order
+
+
+def png(path, width, bits, color, rows, *chunks):
+    """Write a PNG by hand: rows of packed pixels; color 0 is gray, 2 RGB."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), bits, color, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"".join(chunk(*c) for c in chunks) + data + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("bits, color", [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_the_one_color_that_a_png_calls_transparent_is_white(tmp_path, bits, color):
+    """In every depth: 16 pixels, of which those like the fifth are transparent."""
+    channels = 3 if color else 1
+    values = np.random.default_rng(bits).integers(0, 2**bits, (16, channels))
+    values[9] = values[4]
+    data = "".join(f"{v:0{bits}b}" for v in values.flatten())
+    row = int(data, 2).to_bytes(len(data) // 8, "big")
+    png(tmp_path / "key.png", 16, bits, color, [row], (b"tRNS", struct.pack(f">{channels}H", *values[4])))
+    expected = over_white(values * 255 / (2**bits - 1), (values != values[4]).any(1) * 255)
+    assert np.abs(shown(tmp_path / "key.png", 16, 1)[0] - expected).max() <= 1
+
+
+def test_a_gray_ramp_of_16_bits_stays_a_ramp(tmp_path):
+    ramp = np.linspace(0, 65535, 4096).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    Image.fromarray(ramp).save(tmp_path / "ramp.tif", compression="tiff_lzw")
+    Image.frombytes("I;16B", (64, 64), ramp.astype(">u2").tobytes()).save(tmp_path / "big endian.tif")
+    Image.fromarray(65535 - ramp).save(tmp_path / "0 is white.tif", tiffinfo={262: 0})
+    for path in tmp_path.iterdir():
+        assert np.abs(shown(path, 64, 64) - ramp[..., None] / 257).max() <= 0.5, path
+
+
+def test_gray_of_an_unknown_range_is_bad(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 4096, dtype=np.float32).reshape(64, 64)).save(tmp_path / "float.tif")
+    Image.fromarray(np.arange(4096, dtype=np.int32).reshape(64, 64)).save(tmp_path / "int.tif")
+    for path in tmp_path.iterdir():
+        with pytest.raises(Bad, match="unknown range"):
+            shown(path, 64, 64)
+
+
+def test_what_is_transparent_is_white_and_bleeds_into_nothing(tmp_path):
+    """Noise under a transparent background, around a red square, in pictures and frames."""
+    a = np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8)
+    a[..., 3], a[16:48, 16:48] = 0, (200, 30, 30, 255)
+    Image.fromarray(a).save(tmp_path / "a.png")
+    frame = av.VideoFrame.from_ndarray(a, format="rgba")
+    for pixels in (fit_image(str(tmp_path / "a.png"), 32, 32, View()), fit_frame(frame, 1, 32, 32, View())):
+        assert (pixels[:, :6] == 255).all()
+        assert (pixels[:, 10:22, 10:22].int() - torch.tensor([200, 30, 30])[:, None, None]).abs().max() <= 1
+        assert (pixels[0].int() - pixels[1] > -2).all()  # no green, and no blue, from under the alpha
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuva420p", "yuva444p10le", "rgba", "bgra", "gbrap", "ya8", "rgba64le", "pal8"])
+def test_frames_with_alpha_lie_on_white(pix_fmt):
+    a = np.full((32, 32, 4), (90, 90, 90, 255), np.uint8)
+    a[:16, :, 3], a[16:, 16:, 3] = 0, 128
+    if pix_fmt == "pal8":
+        palette = np.zeros((256, 4), np.uint8)  # ARGB
+        palette[:2] = (0, 90, 90, 90), (255, 90, 90, 90)
+        frame = av.VideoFrame.from_ndarray(((a[..., 3] > 0).astype(np.uint8), palette), format="pal8")
+    else:
+        frame = av.VideoFrame.from_ndarray(a, format="rgba").reformat(format=pix_fmt)
+    pixels = fit_frame(frame, 1, 32, 32, View())
+    expected = [255, 90, 90 if pix_fmt == "pal8" else 172]
+    for part, value in zip((pixels[:, :12], pixels[:, 20:, :12], pixels[:, 20:, 20:]), expected):
+        assert (part.int() - value).abs().max() <= 2
+
+
+@pytest.mark.parametrize("pix_fmt", ["gray16le", "gray16be", "gray10le", "rgb48le", "gbrp12le", "yuv444p16le"])
+def test_frames_of_many_bits_are_scaled(pix_fmt):
+    ramp = np.linspace(0, 255, 64).astype(np.uint8).repeat(32).reshape(64, 32)[..., None].repeat(3, 2)
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(ramp)).reformat(format=pix_fmt)
+    assert (fit_frame(frame, 1, 32, 64, View()).permute(1, 2, 0).int() - torch.tensor(ramp)).abs().max() <= 2
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue")]
+    for ending, more in (("gif", {}), ("png", {}), ("webp", {"lossless": True})):
+        frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], duration=100, **more)
+        assert (shown(tmp_path / f"a.{ending}", 32, 32) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("clear", [False, True])
+def test_a_first_frame_smaller_than_its_gif_has_white_around_it(tmp_path, clear):
+    colors = bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    control = b"\x21\xf9\x04\x01\0\0\x03\0" if clear else b""  # index 3 is transparent
+    codes = sum(code << 3 * n for n, code in enumerate([4, 2] * 4 + [5])).to_bytes(4, "little")  # 2 x 2 pixels of 2
+    (tmp_path / "a.gif").write_bytes(b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x91, 1, 0) + colors + control
+                                     + b"," + struct.pack("<HHHHB", 1, 1, 2, 2, 0) + b"\x02\x04" + codes + b"\0;")
+    expected = np.full((4, 4, 3), 255)
+    expected[1:3, 1:3] = 0, 0, 255
+    assert (shown(tmp_path / "a.gif", 4, 4) == expected).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Color profiles
+
+P3 = np.array([[0.51512, 0.24120, -0.00105], [0.29198, 0.69225, 0.04189], [0.15710, 0.06657, 0.78407]])  # XYZ, D50
+SRGB = np.array([[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.71410]])
+
+
+def icc(space, **tags):
+    """A display profile of ICC version 2: XYZ triples by tag, a number for a curve's gamma."""
+    table, body = b"", b""
+    for name, value in {"wtpt": (0.9642, 1, 0.8249), **tags}.items():
+        if isinstance(value, (int, float)):
+            data = b"curv" + struct.pack(">IIH", 0, 1, round(value * 256)) + b"\0\0"
+        else:
+            data = b"XYZ " + struct.pack(">I3i", 0, *(round(v * 65536) for v in value))
+        table += name.encode() + struct.pack(">II", 132 + 12 * (len(tags) + 1) + len(body), len(data))
+        body += data
+    data = struct.pack(">I", len(tags) + 1) + table + body
+    head = struct.pack(">I4sI4s4s4s", 128 + len(data), b"lcms", 0x02400000, b"mntr", space, b"XYZ ") + bytes(12)
+    return head + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48) + data
+
+
+def rgb_profile(primaries, gamma):
+    return icc(b"RGB ", **dict(zip(("rXYZ", "gXYZ", "bXYZ"), primaries)), rTRC=gamma, gTRC=gamma, bTRC=gamma)
+
+
+def srgb_of(linear):
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_color_profiles_are_followed(tmp_path, mode):
+    """Display P3, as phones write, and a gray curve, against their formulas."""
+    a = np.random.default_rng(0).integers(40, 216, (16, 16, 4), np.uint8)
+    image = Image.fromarray(a, "RGBA")
+    image = image if mode == "RGBA" else image.convert("RGB").quantize(64) if mode == "P" else image.convert(mode)
+    seen = np.asarray(image.convert("RGBA")).astype(float)
+    image.save(tmp_path / "p3.png", icc_profile=rgb_profile(P3, 2.2))
+    expected = srgb_of((seen[..., :3] / 255) ** 2.2 @ P3 @ np.linalg.inv(SRGB))
+    assert np.abs(shown(tmp_path / "p3.png", 16, 16) - over_white(expected, seen[..., 3])).max() <= 2
+    if mode == "L":
+        image.save(tmp_path / "gray.png", icc_profile=icc(b"GRAY", kTRC=1.5))
+        assert np.abs(shown(tmp_path / "gray.png", 16, 16) - srgb_of((seen[..., :3] / 255) ** 1.5)).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [b"garbage" * 50, rgb_profile(P3, 2.2)[:200], icc(b"GRAY", kTRC=1.5),
+                                     icc(b"RGB ", rTRC=2.2), icc(b"CMYK", kTRC=2.2), icc(b"R\xff  ")])
+def test_a_profile_that_is_broken_or_of_another_kind_changes_nothing(tmp_path, profile):
+    a = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    Image.fromarray(a).save(tmp_path / "a.png", icc_profile=profile)
+    assert (shown(tmp_path / "a.png", 16, 16) == a).all()
+
+
+def test_cmyk_of_photoshop_is_not_inverted(tmp_path):
+    image = Image.new("CMYK", (16, 16), (0, 217, 217, 55))  # red
+    image.save(tmp_path / "cmyk.jpg", quality=100)  # with Adobe's marker, and inverted, as theirs
+    assert b"Adobe" in (tmp_path / "cmyk.jpg").read_bytes()
+    assert np.abs(shown(tmp_path / "cmyk.jpg", 16, 16) - np.array([200, 30, 30.0])).max() <= 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No images
+
+
+def test_damaged_exif_data_leave_the_picture_as_it_lies(tmp_path):
+    Image.fromarray(corners(0)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12", quality=95)
+    assert colors(fit_image(str(tmp_path / "a.jpg"), 48, 32, View())) == ["red", "green", "blue", "white"]
+
+
+def test_what_is_no_image_is_bad(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    size = data.index(b"\xff\xc0") + 5
+    (tmp_path / "huge.jpg").write_bytes(data[:size] + b"\xff" * 4 + data[size + 4 :])  # 65,535 x 65,535
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    png(tmp_path / "bomb.png", 14000, 1, 0, [bytes(1750)] * 14000)
+    Image.new("L", (1, 20000)).save(tmp_path / "thread.png")  # 64 wide, it is 1,280,000 high
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "noise.png").write_bytes(rng.bytes(5000))
+    (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
+    os.symlink("/dev/zero", tmp_path / "device.png")
+    (tmp_path / "whole.jpg").unlink()
+    for path in [*tmp_path.iterdir(), tmp_path / "missing.png"]:
+        with pytest.raises(Bad):
+            shown(path, 64, 64)
