@@ -26,6 +26,6 @@ def test_long_attention_in_bfloat16_is_softmax(gradients, biased):
     fused = results(torch.nn.functional.scaled_dot_product_attention, *inputs)
     exact = results(lambda q, k, v, bias=0: (q @ k.mT / 32**0.5 + bias).softmax(-1) @ v, *(x.double() for x in inputs))
     for a, b, e in zip(ours, fused, exact, strict=True):
-        rounding = 1.5 if biased else 1  # logits are larger
+        rounding = 2 if biased else 1  # logits are larger
         assert (a - e).norm() / e.norm() < 0.007 * rounding
         assert (a - e).norm() < 3 * rounding * (b - e).norm()
