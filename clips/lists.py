@@ -6,16 +6,29 @@ with a folder of images for each label, or a file of such folders and their name
 only their places are kept in memory, and an item is parsed when it is asked for.
 """
 
+import codecs
 import csv
+import io
+import itertools
 import json
 import os
+import re
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
+from cli import MARKS, read_json, read_text
 from clips.decode import VIDEO_ENDINGS, Bad
 from clips.pictures import IMAGE_ENDINGS
+
+PATHS, CAPTIONS = ("videoid", "path", "img_path"), ("caption", "prompt", "name")  # what columns may be called
+ENDINGS = {"video": VIDEO_ENDINGS, "caption": IMAGE_ENDINGS}
+TEXT_LIMIT = 1 << 20  # bytes of the text beside a clip
+# names of hidden files, of locks and of backups, and of what Macs, Windows and network drives keep beside pictures
+BYSTANDER = re.compile(r"\..*|~\$.*|.*~|__MACOSX|__pycache__|@eaDir|#recycle|\$RECYCLE\.BIN|lost\+found|Thumbs\.db|"
+                       r"desktop\.ini|System Volume Information", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -27,26 +40,30 @@ class Item:
 class Items:
     """The items of one source: `items[i]` is an Item, or raises Bad.
 
-    Relative paths start at the list's own folder. Raises ValueError when the list cannot be read, is empty, or its
-    first item is not of a known form.
+    Relative paths start at the list's own folder, and must stay in it. Raises ValueError when the list cannot be read,
+    is empty, or its first item is not of a known form.
     """
 
     def __init__(self, source: str, path: str):
         self.source, self.path = source, path
         self.folder = path if os.path.isdir(path) else os.path.dirname(path)
-        self.csv = path.endswith(".csv") and os.path.isfile(path)
+        self.csv = source != "label" and path.lower().endswith(".csv") and os.path.isfile(path)
+        self.first, self.header = int(self.csv), None  # item 0 comes after the header
         try:
             self.records = Records(path, generated_lines(source, path), self.csv)
-            self.first = 1 if self.csv else 0  # item 0 comes after the header
+            if self.csv and len(self.records):
+                self.header = read_header(self.records[0])
             if len(self):
-                self.header = csv_row(self.records[0]) if self.csv else None
                 self.file(self.fields(0))
         except OSError as error:
             raise ValueError(f"{source} list {path} cannot be read: {error.strerror or error}") from error
-        except (Bad, csv.Error, KeyError, TypeError, ValueError) as error:
+        except Bad as bad:
+            line = self.records.line(self.first if self.header else 0)
+            raise ValueError(f"{source} list {path} is not of a known form: line {line}: {bad}") from bad
+        except ValueError as error:
             raise ValueError(f"{source} list {path} is not of a known form: {error}") from error
         if not len(self):
-            raise ValueError(f"{source} list {path} is empty")
+            raise ValueError(f"{source} list {path} is empty{what_lies_there(source, path)}")
 
     def __len__(self):
         return max(0, len(self.records) - self.first)
@@ -54,10 +71,10 @@ class Items:
     def __getitem__(self, i: int) -> Item:
         fields = self.fields(i)
         path = self.file(fields)
-        captions = next((fields[name] for name in ("caption", "prompt", "name") if fields.get(name)), None)
+        captions = next((fields[name] for name in CAPTIONS if fields.get(name)), None)
         captions = captions or text_beside(path)
         captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        if not isinstance(captions, list) or not all(map(is_text, captions)):
             raise Bad("its caption is not text")
         captions = tuple(" ".join(caption.split()) for caption in captions if caption.strip())
         if not captions:
@@ -65,11 +82,11 @@ class Items:
         return Item(captions, path)
 
     def name(self, i: int) -> str:
-        """The name of an item in messages: its file, or its number where the list names no file."""
+        """The name of an item in messages: its file, or its line where the list names no file."""
         try:
             return self.file(self.fields(i))
         except Bad:
-            return f"{self.path}, item {i}"
+            return f"{self.path}, line {self.records.line(self.first + i)}"
 
     def record(self, i: int) -> str:
         """The text of an item, as it stands in the list."""
@@ -79,8 +96,8 @@ class Items:
         """The columns of an item's row, or its JSON object."""
         try:
             row = csv_row(self.record(i)) if self.csv else json.loads(self.record(i))
-        except (ValueError, RecursionError, csv.Error) as error:
-            raise Bad("not a line of " + ("CSV" if self.csv else "JSON")) from error
+        except (ValueError, RecursionError) as error:
+            raise Bad("not a line of JSON") from error
         if not self.csv and not isinstance(row, dict):
             raise Bad("not a JSON object")
         if self.csv and len(row) != len(self.header):
@@ -91,59 +108,117 @@ class Items:
         """Where the file of an item lies, or should lie when it is missing."""
         if "videoid" in fields:  # WebVid, MSR-VTT: in a folder `page_dir` or without it, in videos/ or beside the list
             name, page = f"{fields['videoid']}.mp4", str(fields.get("page_dir") or "")
-            places = [os.path.join(self.folder, videos, sub, name) for sub in (page, "") for videos in ("videos", "")]
+            names = [os.path.join(videos, sub, name) for sub in (page, "") for videos in ("videos", "")]
+            places = [os.path.join(self.folder, inside(name)) for name in names]
             return next(filter(os.path.exists, places), places[0])
         name = fields.get("path") or fields.get("img_path")
         if not isinstance(name, str):
             raise Bad("it has no path, img_path or videoid")
-        return os.path.join(self.folder, name)
+        if self.source != "label" and os.path.isabs(name):  # its writer means that very file
+            return name
+        return os.path.join(self.folder, inside(name))
+
+
+def read_header(text: str) -> list[str]:
+    """The names of a CSV file's columns, in small letters. Raises Bad when none is a path, or one comes twice."""
+    header = [name.strip().lower() for name in csv_row(text)]
+    twice = [name for name in (*PATHS, *CAPTIONS, "page_dir") if header.count(name) > 1]
+    if twice:
+        raise Bad(f"there are two columns {twice[0]}")
+    if not set(header) & set(PATHS):
+        raise Bad(f"its columns, parted by commas, must have one of {', '.join(PATHS)}, got {', '.join(header)}"[:300])
+    return header
+
+
+def inside(name: str) -> str:
+    """A name that does not lead out of a folder. Raises Bad on another."""
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        raise Bad("its path leads out of the list's folder: move the list, or write the absolute path")
+    return name
+
+
+def is_text(caption) -> bool:
+    """Whether a caption can be written down: JSON can spell halves of characters, and zeros."""
+    return isinstance(caption, str) and not re.search("[\0\ud800-\udfff]", caption)
 
 
 def text_beside(path: str) -> str:
     """The text in clip.txt beside clip.mp4, "" where there is none."""
-    path = os.path.splitext(path)[0] + ".txt"
-    if not os.path.isfile(path):
+    stem = os.path.splitext(path)[0]
+    path = next(filter(os.path.isfile, (stem + ".txt", stem + ".TXT")), None)
+    if path is None:
         return ""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        if os.path.getsize(path) > TEXT_LIMIT:
+            raise Bad(f"its caption is longer than {TEXT_LIMIT} bytes")
+        return read_text(path)
+    except ValueError as error:
+        raise Bad("its caption is not text in UTF-8") from error
     except OSError as error:
         raise Bad("its caption cannot be read") from error
+
+
+def is_data(name: str, endings=("",)) -> bool:
+    """Whether a file or folder is one of a user's own, by its name."""
+    return name.lower().endswith(endings) and not BYSTANDER.fullmatch(name)
 
 
 def image_names(folder: str) -> list[str]:
     """The images of a label."""
     try:
-        return sorted(name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS))
+        return sorted(name for name in os.listdir(folder) if is_data(name, IMAGE_ENDINGS))
     except (OSError, ValueError) as error:  # ValueError: no folder can have such a name
         raise Bad("not a folder that can be read") from error
 
 
+def what_lies_there(source: str, path: str) -> str:
+    """What to say of a folder in which nothing counts: what would, and what lies there instead."""
+    if not os.path.isdir(path):
+        return ""
+    with os.scandir(path) as entries:
+        found = Counter("folders" if entry.is_dir() else os.path.splitext(entry.name)[1].lower() or "without an ending"
+                        for entry in entries if is_data(entry.name))
+    wanted = "a folder of images for each label" if source == "label" else f"names in {', '.join(ENDINGS[source])}"
+    there = ", ".join(f"{n} {ending}" for ending, n in found.most_common(3)) or "nothing"
+    return f": what counts is {wanted}; there is {there}"
+
+
 def generated_lines(source: str, path: str) -> bytes | None:
-    """JSON lines for a folder, a file of label names, or MSR-VTT's json; None for a file that has lines of its own."""
+    """JSON lines for a folder, a file of label names, or MSR-VTT's json; a list in UTF-16 as UTF-8.
+
+    None for a file that has lines of its own.
+    """
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):  # a fifo would wait for ever
+        raise ValueError("neither a file nor a folder")
     if os.path.isdir(path):
         with os.scandir(path) as entries:
             if source == "label":
-                names = sorted(entry.name for entry in entries if entry.is_dir())
+                names = sorted(entry.name for entry in entries if entry.is_dir() and is_data(entry.name))
                 lines = [{"path": name, "caption": name.replace("_", " ")} for name in names]
             else:
-                endings = VIDEO_ENDINGS if source == "video" else IMAGE_ENDINGS
-                names = sorted(entry.name for entry in entries if entry.name.lower().endswith(endings))
+                names = sorted(entry.name for entry in entries if is_data(entry.name, ENDINGS[source]))
                 lines = [{"path": name} for name in names]
     elif source == "label":  # "n01440764 tench, Tinca tinca"
-        with open(path, encoding="utf-8") as file:
-            pairs = [line.strip().partition(" ") for line in file if line.strip()]
-        lines = [{"path": folder, "caption": [name.strip() for name in names.split(",")]} for folder, _, names in pairs]
-    elif path.endswith(".json"):  # MSR-VTT
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
+        pairs = [line.strip().partition(" ") for line in io.StringIO(read_text(path), newline=None)]
+        lines = [{"path": folder, "caption": [name.strip() for name in names.split(",")]}
+                 for folder, _, names in pairs if folder]
+    elif path.lower().endswith(".json"):
+        lines = msr_vtt(read_json(path))
+    else:
+        with open(path, "rb") as file:  # UTF-16
+            return read_text(path).encode() if file.read(2) in MARKS else None
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def msr_vtt(data) -> list[dict]:
+    """The lines of MSR-VTT's json, {"videos": [{"video_id": }], "sentences": [{"video_id": , "caption": }]}."""
+    try:
         captions = {video["video_id"]: [] for video in data["videos"]}
         for sentence in data["sentences"]:
             captions.get(sentence["video_id"], []).append(sentence["caption"])  # some belong to videos of another split
-        lines = [{"videoid": video, "caption": texts} for video, texts in captions.items()]
-    else:
-        return None
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+    except (KeyError, TypeError) as error:
+        raise ValueError("not of the form of MSR-VTT's json; call JSON lines .jsonl") from error
+    return [{"videoid": video, "caption": texts} for video, texts in captions.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +228,8 @@ def generated_lines(source: str, path: str) -> bytes | None:
 class Records:
     """The lines of a text, or the rows of a CSV file, without blank ones: `records[i]` is the text of one.
 
-    A record is read when it is asked for; of each is kept where it begins and ends, in 16 bytes.
+    A record is read when it is asked for; of each is kept where it begins, its byte and its line. Raises Bad where one
+    is not text in UTF-8.
 
     path  the file: mapped and never copied, not even into worker processes; or
     text  the text itself
@@ -166,18 +242,31 @@ class Records:
             self.text = np.memmap(path, np.uint8, "r")
         else:
             self.text = np.frombuffer(text or b"", np.uint8)
-        bounds = np.insert(row_ends(path) if rows else line_ends(self.text), 0, 0)
-        self.spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
-        short = np.flatnonzero(np.diff(bounds) <= 2)  # a blank line is "\n" or "\r\n"
-        self.spans = np.delete(self.spans, [i for i in short if not self[i].strip("\r\n")], axis=0)
+        self.starts = line_starts(self.text)
+        self.lines = np.arange(len(self.starts))
+        if rows:
+            with io.BytesIO(text) if text is not None else open(path, "rb") as file:
+                self.lines = row_starts(file, len(self.starts))
+        first = self.text[self.starts[self.lines]]
+        self.lines = self.lines[(first != LF) & (first != CR)]  # a blank line belongs to the record before it
+        self.starts = self.starts[self.lines]
 
     def __len__(self):
-        return len(self.spans)
+        return len(self.starts)
 
     def __getitem__(self, i: int) -> str:
-        first, last = self.spans[i]
-        encoding = "utf-8" if first else "utf-8-sig"  # a byte order mark at the beginning is no text
-        return self.text[first:last].tobytes().decode(encoding, errors="replace")
+        first, last = self.starts[i], self.starts[i + 1] if i + 1 < len(self) else len(self.text)
+        try:
+            text = self.text[first:last].tobytes().decode()
+        except ValueError as error:
+            raise Bad("not text in UTF-8") from error
+        if "\0" in text:
+            raise Bad("not text in UTF-8")
+        return text
+
+    def line(self, i: int) -> int:
+        """The line of the text, from 1 on, in which a record begins."""
+        return int(self.lines[i]) + 1
 
     def __getstate__(self):
         return self.__dict__ | ({"text": None} if isinstance(self.text, np.memmap) else {})
@@ -188,31 +277,46 @@ class Records:
             self.text = np.memmap(self.path, np.uint8, "r")
 
 
-def line_ends(text: np.ndarray, chunk=1 << 20) -> np.ndarray:
-    """The byte behind each line."""
-    ends = [np.flatnonzero(text[at : at + chunk] == ord("\n")) + at + 1 for at in range(0, len(text), chunk)]
-    return np.concatenate([*ends, [len(text)]])
+LF, CR = b"\n\r"
 
 
-def row_ends(path: str) -> np.ndarray:
-    """The byte behind each row of a CSV file, where Python's csv module says that it ends."""
-    at, ends = 0, array("q")
+def line_starts(text: np.ndarray, chunk=1 << 20) -> np.ndarray:
+    """The first byte of each line, behind "\\n", "\\r\\n", "\\r" or a byte order mark."""
+    starts = [[len(codecs.BOM_UTF8) if text[:3].tobytes() == codecs.BOM_UTF8 else 0]]
+    for at in range(0, len(text), chunk):
+        part = np.asarray(text[at : at + chunk + 1])
+        ends = np.flatnonzero(part[:chunk] <= CR)  # few bytes are
+        here, behind = part[ends], part[np.minimum(ends + 1, len(part) - 1)]
+        starts.append(ends[(here == LF) | (here == CR) & (behind != LF)] + at + 1)
+    starts = np.concatenate(starts)
+    return starts[starts < len(text)]
 
-    def lines():
-        nonlocal at
-        for line in file:
-            at += len(line)
-            yield line
 
-    with open(path, encoding="latin-1", newline="") as file:  # which has one character for each byte
-        rows = csv.reader(lines())
-        try:
-            for _ in rows:
-                ends.append(at)
-        except csv.Error as error:
-            raise ValueError(f"line {rows.line_num}: {error}") from error
-    return np.array(ends)
+def row_starts(file, lines: int) -> np.ndarray:
+    """The line, from 0 on, in which each row of a CSV file begins, where Python's csv module says that it does.
+
+    Raises ValueError, naming that line, on a row with a quote that is never closed: it has swallowed others.
+
+    lines  how many there are
+    """
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    rows, starts = csv.reader(itertools.chain(text, ["end"])), array("q", [0])  # a row more, unless it is swallowed
+    try:
+        starts.extend(rows.line_num for _ in rows)
+    except csv.Error as error:
+        raise ValueError(f"line {starts[-1] + 1}: {error}: is a quote not closed?") from error
+    if starts[-2] != lines:
+        raise ValueError(f"line {starts[-2] + 1}: a quote is not closed")
+    return np.array(starts[:-2])
 
 
 def csv_row(text: str) -> list[str]:
-    return next(csv.reader([text]))
+    """The fields of a row, as the csv module reads them.
+
+    Raises Bad on a row of several lines that has text behind a closing quote: some quote is stray, and the row has
+    swallowed others.
+    """
+    try:
+        return next(csv.reader([text], strict=any(end in text.rstrip("\r\n") for end in "\r\n")))
+    except csv.Error as error:
+        raise Bad("not a line of CSV: is a quote not closed?") from error

@@ -1,19 +1,23 @@
 """Lists in all their forms, as they are and as they should not be."""
 
+import codecs
 import csv
 import io
 import json
 import os
 import pickle
 import sys
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from clips.decode import Bad
-from clips.lists import Item, Items, Records, csv_row
+from clips.lists import Item, Items, Records, image_names
+from clips.samples import LiveClips, Spec
 
 
 def test_lists_of_the_toy_world(lists):
@@ -90,84 +94,296 @@ def test_label_names_with_synonyms(tmp_path):
     assert [items[i] for i in range(len(items))] == [Item(("tench", "Tinca tinca"), str(tmp_path / "n01440764"))]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=60), st.sampled_from(["l.csv", "l.jsonl"]))
-def test_any_line_is_an_item_or_bad(tmp_path_factory, line, name):
-    """Whatever bytes stand in a list: an item, or a reason and a name for it."""
-    first = b"path,caption\n\"x\",y\n" if name == "l.csv" else b'{"path": "x", "caption": "y"}\n'
-    path = tmp_path_factory.mktemp("lines") / name
-    assume(sys.version_info >= (3, 11) or b"\0" not in line)  # which its csv module refuses
-    path.write_bytes(first + line)
-    items = Items("video", str(path))
-    for i in range(len(items)):
+def read(folder, text, name="list.csv"):
+    """The items of a list of such text, or bytes."""
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return Items("video", str(folder / name))
+
+
+def captions(items):
+    """The caption of each item, or the reason why it is Bad."""
+    def of(i):
         try:
-            assert isinstance(items[i], Item)
+            return items[i].captions[0]
         except Bad as bad:
-            assert str(bad) and items.name(i)
+            assert items.name(i)
+            return str(bad)
+    return [of(i) for i in range(len(items))]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder for the examples of hypothesis, to write over each other's lists."""
+    return tmp_path_factory.mktemp("place")
+
+
+FIRST = {"l.csv": b"path,caption\n\"x\",y\n", "l.jsonl": b'{"path": "x", "caption": "y"}\n'}
+PIECES = st.sampled_from([b"a", b",", b'"', b"\n", b"\r", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xe9", b"\\ud800",
+                          b"\\u0000", "é\u2028\ufffd".encode(), b'{"path": "x", "caption": "', b'"}'])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(st.binary(max_size=60), st.lists(PIECES, max_size=8).map(b"".join)), st.sampled_from(sorted(FIRST)))
+def test_any_line_is_an_item_or_bad(place, line, name):
+    """Whatever bytes stand in a list: an item, or a reason and a name for it; never a character that was not there."""
+    assume(sys.version_info >= (3, 11) or b"\0" not in line)  # which its csv module refuses
+    try:
+        found = captions(read(place, FIRST[name] + line, name))
+    except ValueError as error:
+        assert "a quote is not closed" in str(error) and name == "l.csv"
+        return
+    assert found[0] == "y"
+    for caption in found:
+        caption.encode()
+        assert "\ufffd" not in caption or "\ufffd".encode() in line
+        assert "\0" not in caption
 
 
 @pytest.mark.parametrize("source, name, content, says", [
-    ("video", "l.csv", "a,b\n1,2\n", "is not of a known form: it has no path"),
-    ("caption", "l.jsonl", "{not json", "is not of a known form: not a line of JSON"),
-    ("caption", "l.jsonl", "", "is empty"), ("video", "l.csv", "", "is empty"),
-    ("video", "l.csv", "videoid,name\n", "is empty"),
-    ("caption", "l.jsonl", '{"caption": "x"}\n', "is not of a known form: it has no path"),
-    ("video", "l.json", "{}", "is not of a known form: ")])
+    ("video", "l.csv", "a,b\n1,2\n", "is not of a known form: line 1: its columns, parted by commas, must have one of "
+                                     "videoid, path, img_path, got a, b$"),
+    ("video", "l.csv", "\npath;caption\n1;2\n", "is not of a known form: line 2: .*, got path;caption$"),
+    ("video", "l.csv", "path,name,name\n1,2,3\n", "is not of a known form: line 1: there are two columns name$"),
+    ("video", "l.csv", "path,caption\n\na,b,c\n", "is not of a known form: line 3: more or fewer columns"),
+    ("video", "l.csv", "path,caption\na,caf\xe9\n", "is not of a known form: line 2: not text in UTF-8$"),
+    ("video", "l.csv", "path,caf\xe9\na,b\n", "is not of a known form: line 1: not text in UTF-8$"),
+    ("video", "l.csv", "path,\0\na,b\n", "is not of a known form: line 1: "),
+    ("caption", "l.jsonl", "\n{not json", "is not of a known form: line 2: not a line of JSON$"),
+    ("caption", "l.jsonl", '{"caption": "\xe9"}', "is not of a known form: line 1: not text in UTF-8$"),
+    ("caption", "l.jsonl", "", "is empty$"), ("video", "l.csv", "", "is empty$"),
+    ("video", "l.csv", "\r\n\n", "is empty$"), ("video", "l.csv", "videoid,name\n", "is empty$"),
+    ("caption", "l.jsonl", '{"caption": "x"}\n', "is not of a known form: line 1: it has no path"),
+    ("label", "l.txt", "a b\nc \xe9\n", "is not of a known form: .*l.txt, line 2: not text in UTF-8"),
+    ("video", "l.json", '{"videos":\n\xe9', "is not of a known form: .*l.json, line 2: not text in UTF-8"),
+    ("video", "l.json", '{"videos":\n]', "is not of a known form: .*l.json, line 2: not JSON"),
+    ("video", "l.JSON", "{}", "is not of a known form: not of the form of MSR-VTT's json; call JSON lines .jsonl$"),
+    ("video", "l.json", '[{"path": "a.mp4"}]', "is not of a known form: not of the form of MSR-VTT's json")])
 def test_bad_lists_are_named(tmp_path, source, name, content, says):
     path = tmp_path / name
-    path.write_text(content)
+    path.write_bytes(content.encode("cp1252"))
     with pytest.raises(ValueError, match=f"^{source} list {path} {says}"):
         Items(source, str(path))
     with pytest.raises(ValueError, match="cannot be read"):
         Items(source, str(tmp_path / "nowhere"))
 
 
-FIELD = st.text(st.sampled_from('ab", \n\r\'é\u2028\t\x85\ufeff'), max_size=5)
+@pytest.mark.parametrize("name", ["l", "l.csv", "l.jsonl", "l.json"])
+@pytest.mark.parametrize("source", ["video", "label", "caption"])
+def test_a_fifo_is_no_list(tmp_path, source, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        Items(source, str(tmp_path / name))
 
 
-@settings(max_examples=200, deadline=None)
+FIELD = st.text(st.sampled_from('ab", \n\r\'é\u2028\t\x85\ufeff\x0c\x1c'), max_size=5)
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(FIELD, min_size=2, max_size=2), max_size=6), st.sampled_from(["\n", "\r\n", "\r"]),
-       st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC]))
-def test_rows_of_csv_are_those_of_the_csv_module(tmp_path_factory, rows, ending, quoting):
+       st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC]),
+       st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_rows_of_csv_are_those_of_the_csv_module(place, rows, ending, quoting, encoding):
+    """However they were written."""
     text = io.StringIO(newline="")
     csv.writer(text, quoting=quoting, lineterminator=ending).writerows([["path", "caption"], *rows])
-    assert_rows_of_csv(tmp_path_factory.mktemp("rows") / "list.csv", text.getvalue())
+    rows = [row for row in csv.reader(io.StringIO(text.getvalue(), newline="")) if row]
+    (place / "list.csv").write_bytes(text.getvalue().encode(encoding))
+    if encoding != "utf-16":
+        assert rows_read(place / "list.csv") == rows
+    items = read(place, ("path,caption\nx,y\n" + text.getvalue()).encode(encoding))
+    assert len(items) == len(rows) + 1
+    for i, row in enumerate(rows, 1):
+        if len(row) != 2:  # "\r" may stand without quotes
+            assert "more or fewer" in captions(items)[i]
+        else:
+            assert list(items.fields(i).values()) == row
+            if row[0] and row[1].strip():
+                assert items[i] == Item((" ".join(row[1].split()),), str(place / row[0]))
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.sampled_from('ab", \n\r'), max_size=20))
-def test_no_row_is_lost_however_it_is_quoted(tmp_path_factory, text):
-    """Not even where quotes are stray or never closed."""
-    assert_rows_of_csv(tmp_path_factory.mktemp("rows") / "list.csv", text)
+@given(st.text(st.sampled_from('ab", \n\r\x85\ufeff'), max_size=20))
+def test_no_row_is_lost_however_it_is_quoted(place, text):
+    """Each row as the csv module reads it, even where quotes are stray; refused where one swallows the end."""
+    (place / "list.csv").write_bytes(text.encode())
+    *rows, last = csv.reader(io.StringIO(text.removeprefix("\ufeff") + "\nend", newline=""))
+    if last == ["end"]:
+        assert rows_read(place / "list.csv") == [row for row in rows if row]
+    else:
+        with pytest.raises(ValueError, match="a quote is not closed"):
+            rows_read(place / "list.csv")
 
 
-def assert_rows_of_csv(path, text):
-    path.write_bytes(text.encode())
+def rows_read(path):
     records = Records(str(path), rows=True)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        assert [csv_row(records[i]) for i in range(len(records))] == [row for row in csv.reader(file) if row]
+    return [next(csv.reader([records[i]])) for i in range(len(records))]
 
 
-@pytest.mark.parametrize("text, captions", [
+MANY = ": more or fewer columns"
+STRAY = ": is a quote not closed"
+
+
+@pytest.mark.parametrize("text, right", [
     ('0.mp4,a 12" pizza\n1.mp4,a dog\n2.mp4,a 5" phone\n', ['a 12" pizza', "a dog", 'a 5" phone']),
+    ('0.mp4,"a ""cat"""\n1.mp4,"a\r\ndog"\n\n2.mp4,"a" bird', ['a "cat"', "a dog", "a bird"]),
     ("0.mp4,a dog\r1.mp4,a cat\r", ["a dog", "a cat"]),
-    ('0.mp4,a dog\n1.mp4,a cat, running\n2.mp4\n3.mp4,"a cat, running"\n', ["a dog", Bad, Bad, "a cat, running"])])
-def test_a_row_of_csv_is_read_whole_or_bad(tmp_path, text, captions):
-    (tmp_path / "list.csv").write_text("path,caption\n" + text, newline="")
-    items = Items("video", str(tmp_path / "list.csv"))
-    assert len(items) == len(captions)
-    for i, caption in enumerate(captions):
-        if caption is Bad:
-            with pytest.raises(Bad, match="columns"):
-                items[i]
-        else:
-            assert items[i].captions == (caption,)
+    ("0.mp4,a dog\r\n1.mp4,a cat\n2.mp4,a\u2028bird\x85\r", ["a dog", "a cat", "a bird"]),
+    ('0.mp4,a dog\n1.mp4,a cat, running\n2.mp4\n3.mp4,"a cat, running"\n', ["a dog", MANY, MANY, "a cat, running"]),
+    ('0.mp4,a dog\n1.mp4,"a cat\n2.mp4,"a bird"\n3.mp4,a fox\n', ["a dog", STRAY, "a fox"]),
+    ('0.mp4,a dog\n1.mp4,"a cat\n2.mp4,a 12" pizza\n3.mp4,a fox\n', ["a dog", STRAY, "a fox"])])
+def test_a_row_of_csv_is_read_whole_or_bad(tmp_path, text, right):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le"):
+        mark = codecs.BOM_UTF16_LE if encoding == "utf-16-le" else b""
+        items = read(tmp_path, mark + ("path,caption\n" + text).encode(encoding))
+        for found, caption in zip(captions(items), right, strict=True):
+            assert found == caption or caption.startswith(":") and caption[2:] in found
 
 
-def test_a_quote_that_is_never_closed_is_told_with_its_line(tmp_path):
-    (tmp_path / "list.csv").write_text("path,caption\n0.mp4,a dog\n" + '1.mp4,"a cat\n' + "2.mp4,a bird\n" * 20000)
-    with pytest.raises(ValueError, match=r"list\.csv is not of a known form: line \d+: field larger"):
-        Items("video", str(tmp_path / "list.csv"))
+@pytest.mark.parametrize("name, lines", [
+    ("l.csv", [b"path,caption", b"0.mp4,a dog", b'1.mp4,"a man\'s\nhat"', b"2.mp4,a man\x92s hat",
+               "3.mp4,a café".encode(), b"4.mp4,\0"]),
+    ("l.jsonl", [b"", b'{"path": "0.mp4", "caption": "a dog"}', b"", b'{"path": "1.mp4", "caption": "a man\'s hat"}',
+                 b'{"path": "2.mp4", "caption": "a man\x92s hat"}', '{"path": "3.mp4", "caption": "a café"}'.encode(),
+                 b'{"path": "4.mp4", "caption": "\0"}'])])
+def test_a_record_that_is_no_utf8_is_told_with_its_line(tmp_path, name, lines):
+    """In the cp1252 of Windows, most often."""
+    for end in (b"\n", b"\r\n", b"\r"):
+        items = read(tmp_path, end.join(lines), name)
+        assert captions(items) == ["a dog", "a man's hat", "not text in UTF-8", "a café", "not text in UTF-8"]
+        assert items.name(2) == f"{tmp_path}/{name}, line 5" and items.name(3) == f"{tmp_path}/3.mp4"
+
+
+@pytest.mark.parametrize("caption", ['"\\ud800"', '"a\\u0000"', '["a", "\\udc80"]', "3", "true", "[1]", '{"a": 1}'])
+def test_what_json_can_spell_but_nobody_can_write_is_no_caption(tmp_path, caption):
+    items = read(tmp_path, f'{{"path": "x", "caption": "ok"}}\n{{"path": "x", "caption": {caption}}}', "l.jsonl")
+    assert captions(items) == ["ok", "its caption is not text"]
+
+
+def test_columns_may_be_written_large_and_with_spaces(tmp_path):
+    assert captions(read(tmp_path, "ID, Path ,CAPTION\n1,a.mp4,a dog\n")) == ["a dog"]
+    assert captions(read(tmp_path, "ID, Path ,CAPTION\n1,a.mp4,a dog\n", "LIST.CSV")) == ["a dog"]
+
+
+@pytest.mark.parametrize("tail, line", [
+    ("2.mp4,a bird\n" * 20000, 4), ("2.mp4,a bird\n" * 3, 4), ("", 4), ('"2.mp4","a bird""', 5)])
+def test_a_quote_that_is_never_closed_is_told_with_its_line(tmp_path, tail, line):
+    text = 'path,caption\n0.mp4,"a\ndog"\n1.mp4,"a cat' + ("\n" if line == 4 else '"\n') + tail
+    for encoding in ("utf-8", "utf-16"):
+        with pytest.raises(ValueError, match=rf"list\.csv is not of a known form: line {line}: .*a quote .*not closed"):
+            read(tmp_path, text.encode(encoding))
+
+
+NO_TEXT = "its caption is not text in UTF-8"
+
+
+@pytest.mark.parametrize("text, right", [
+    ("a dog é".encode(), "a dog é"), ("a dog é".encode("utf-8-sig"), "a dog é"),
+    ("a dog é".encode("utf-16"), "a dog é"), (codecs.BOM_UTF16_BE + "a dog é".encode("utf-16-be"), "a dog é"),
+    (b"a\r\ndog\r", "a dog"), (b"", "no caption"), ("a dog's".encode("utf-16-le"), NO_TEXT),
+    (b"a man\x92s hat", NO_TEXT), (b"a\0dog", NO_TEXT),
+    (b"dog " * 300_000, "its caption is longer than 1048576 bytes")])
+def test_the_text_beside_a_clip_is_text_or_bad(tmp_path, text, right):
+    for ending in (".txt", ".TXT"):
+        folder = tmp_path / ending
+        folder.mkdir()
+        (folder / "clip.mp4").touch()
+        (folder / f"clip{ending}").write_bytes(text)
+        assert captions(Items("video", str(folder))) == [right]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.one_of(st.binary(max_size=40), st.text(max_size=20).map(str.encode)))
+def test_the_text_beside_a_clip_is_never_guessed(place, text):
+    (place / "a.txt").write_bytes(text)
+    found = captions(read(place, "path\na.mp4\n"))[0]
+    if found not in (NO_TEXT, "no caption"):
+        marks = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+        assert found == " ".join(text.decode(marks.get(text[:2], "utf-8-sig")).split())
+
+
+def test_a_fifo_beside_a_clip_is_no_text(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    os.mkfifo(tmp_path / "a.txt")
+    assert captions(Items("video", str(tmp_path))) == ["no caption"]
+
+
+BYSTANDERS = [".DS_Store", ".ipynb_checkpoints", "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "~$b.mp4", "b.mp4~",
+              ".#b.mp4", ".~lock.b.png#", "b.mp4.part", "b.png.crdownload", "._b.mp4", "._b.PNG", "._label", "label~"]
+HIDDEN = st.from_regex(r"(\.|~\$)[a-z.]{1,4}\.(mp4|png|gif)", fullmatch=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sets(st.sampled_from(BYSTANDERS) | HIDDEN), st.booleans())
+def test_what_lies_beside_the_data_is_no_data(place, names, folders):
+    """Hidden files and folders, thumbnails, locks, backups and halves of downloads."""
+    folder = Path(tempfile.mkdtemp(dir=place))
+    for name in ("b.mp4", "C.MP4", "b.png", "C.Png"):
+        (folder / name).touch()
+    (folder / "label").mkdir()
+    (folder / "label" / "b.png").touch()
+    for name in names:
+        endings = (".part", ".crdownload")  # a folder may be called so
+        for where in (folder, folder / "label"):
+            if folders and not name.endswith(endings):
+                (where / name).mkdir()
+                (where / name / "b.png").touch()
+            else:
+                (where / name).write_bytes(b"\0\5\x16\7")
+    for source, found in (("video", ["C.MP4", "b.mp4"]), ("caption", ["C.Png", "b.png"]), ("label", ["label"])):
+        items = Items(source, str(folder))
+        assert [os.path.basename(items.name(i)) for i in range(len(items))] == found
+    assert image_names(str(folder / "label")) == ["b.png"]
+
+
+def test_a_hidden_file_that_a_list_names_is_read(tmp_path):
+    assert read(tmp_path, "path,caption\n.cache/._a.mp4,a dog\n")[0].path == str(tmp_path / ".cache/._a.mp4")
+
+
+@pytest.mark.parametrize("source, says", [
+    ("video", r"what counts is names in \.mp4, .*; there is 3 \.webp, 2 folders, 1 without an ending$"),
+    ("label", "what counts is a folder of images for each label; there is nothing$"),
+    ("caption", r"what counts is names in \.jpg, .*; there is 1 \.mp4$")])
+def test_a_folder_in_which_nothing_counts_says_what_would(tmp_path, source, says):
+    (tmp_path / ".hidden").mkdir()
+    if source == "video":
+        for name in ("a.webp", "b.WEBP", "c.webp", "README", ".d.mp4"):
+            (tmp_path / name).touch()
+        for name in ("sub", "other"):
+            (tmp_path / name).mkdir()
+    elif source == "caption":
+        (tmp_path / "clip.mp4").touch()
+    with pytest.raises(ValueError, match=rf"^{source} list {tmp_path} is empty: {says}"):
+        Items(source, str(tmp_path))
+
+
+def test_what_a_list_names_stays_in_its_folder_unless_it_is_absolute(tmp_path):
+    """An absolute path is asked for; parts of names, and names of labels, never are."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out.mp4").touch()
+    (tmp_path / "7.mp4").touch()
+    lines = [{"path": "a/../b.mp4"}, {"path": f"{tmp_path}/out.mp4"}, {"path": "..b.mp4"}, {"path": "../out.mp4"},
+             {"path": "a/../../out.mp4"}, {"img_path": ".."}, {"videoid": "../7"}, {"videoid": 7, "page_dir": ".."},
+             {"videoid": f"{tmp_path}/7"}, {"videoid": 7, "page_dir": str(tmp_path)},
+             {"videoid": "/7", "page_dir": "x"}]
+    items = read(tmp_path / "in", "".join(json.dumps(line | {"caption": "ok"}) + "\n" for line in lines), "l.jsonl")
+    out = "its path leads out of the list's folder: move the list, or write the absolute path"
+    assert captions(items) == ["ok"] * 3 + [out] * 8
+    assert items[1].path == str(tmp_path / "out.mp4")
+    (tmp_path / "in" / "labels.txt").write_text(f"a cat\n.. dog\n{tmp_path} bird\n../x fox\n")
+    assert captions(Items("label", str(tmp_path / "in" / "labels.txt"))) == ["cat"] + [out] * 3
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1:9/a.mp4", "file:///etc/hostname", "concat:a.mp4|b.mp4", "fifo.mp4",
+                                  "/dev/zero", "pipe:0", "-", "sub"])
+def test_no_address_device_or_fifo_is_opened(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.mp4")
+    os.mkdir("sub")
+    with open("l.jsonl", "w") as file:
+        file.write(json.dumps({"path": name, "caption": "x"}))
+    for source in ("video", "caption"):
+        with pytest.raises(Bad, match="missing|not a regular file"):
+            LiveClips({source: "l.jsonl"}, Spec(2, 32, 32)).sample(source, 0, 0, 0)
 
 
 @pytest.mark.parametrize("name, line", [
