@@ -96,7 +96,11 @@ def text_parameters(layers: int, theirs: str) -> dict[str, tuple[str, ...]]:
 # What published files hold besides the weights. Any other tensor that no network asks for is an error.
 IGNORED = (
     "betas", "*alphas_cumprod*", "posterior_*", "logvar", "lvlb_weights", "scale_factor",  # tables of the schedule
+    "denoiser.*", "v_pred", "ztsnr",
     "model_ema.*", "first_stage_model.model_ema.*", "first_stage_model.loss.*", "global_step",  # of training
     "*embeddings.position_ids", "*attn_mask",  # 0, 1, 2...; the causal mask
-    "*logit_scale", "*text_projection.weight",  # of CLIP's loss
+    "*logit_scale", "*text_projection.weight", "cond_stage_model.transformer.text_projection",  # of CLIP's loss
+    "*_model.model.visual.*", "*.vision_model.*", "*.visual_projection.*",  # its image tower
 )
+# What changes the words or the weights of a model when a tool adds it, and is left out with a warning.
+ADDITIONS = ("lora_*", "bundle_emb.*", "embedding_manager.*")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import cli
+from beyond.pooled import Pooled
 from beyond.temporal import Temporal
 from cli import option
 from grid import grid_shape
@@ -16,7 +17,7 @@ from sd.vae import AutoencoderKL
 
 # Ways to see time, by name: what makes the layout object, a function of the UNet's config and of the layout's options,
 # each with a default. New ones are registered here.
-LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal}
+LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal, "pooled": Pooled}
 BETA_SCHEDULES = ("scaled_linear", "linear")  # linear in sqrt(beta), as Stable Diffusion's; linear in beta
 
 
@@ -73,8 +74,8 @@ class Model:
 
     def bad_tensors(self) -> list[str]:
         """Names of the tensors that hold NaN or infinity, as "unet.out.2.weight"."""
-        return [f"{part}.{name}" for part, module in self.parts().items() for name, tensor in module.state_dict().items()
-                if not tensor.isfinite().all()]
+        return [f"{part}.{name}" for part, module in self.parts().items()
+                for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]
 
     def check_size(self, width: int, height: int, frames: int):
         """Raise ValueError unless frames of this size, in pixels, are whole latent pixels and make a grid."""
@@ -114,10 +115,11 @@ def layout_options(settings: Settings) -> dict:
     if settings.layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {settings.layout!r}")
     _, *known = inspect.signature(LAYOUTS[settings.layout]).parameters.values()  # the first is the UNet's config
-    options = {option.name: option.default for option in known} | settings.layout_options
-    for name in options.keys() - {option.name for option in known}:
-        raise ValueError(f"layout_options of {settings.layout!r} must be among "
-                         f"{', '.join(option.name for option in known) or 'none'}, got {name!r}")
+    defaults = {parameter.name: parameter.default for parameter in known}
+    for name in settings.layout_options.keys() - defaults.keys():
+        raise ValueError(f"layout_options of {settings.layout!r} must be among {', '.join(defaults) or 'none'}, "
+                         f"got {name!r}")
+    options = defaults | settings.layout_options
     return options
 
 

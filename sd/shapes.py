@@ -28,19 +28,34 @@ class Named(dict):
         raise ValueError(f"{self.file} has no {key}; {EXPECTED}")
 
 
-def count(shapes, pattern: str) -> int:
-    """How many consecutive numbers {} can take in `pattern` so that some name in shapes starts with it."""
-    n = 0
-    while any(name.startswith(pattern.format(n)) for name in shapes):
+class Shapes(Named):
+    """The shapes of tensors by name. One that is empty counts as missing, one of too few sides as of length 1."""
+
+    def __init__(self, items, file: str):
+        whole = {name: shape for name, shape in items.items() if 0 not in shape}
+        super().__init__({name: (*shape, 1, 1)[: max(2, len(shape))] for name, shape in whole.items()}, file)
+
+
+def count(shapes, prefix: str) -> int:
+    """How many consecutive numbers, from 0, follow `prefix` in names of shapes, each before a dot."""
+    found, n = {name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)}, 0
+    while str(n) in found:
         n += 1
     return n
 
 
+# What a UNet is for that takes more channels than it gives.
+INPUTS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
+
+
 def unet_config(shapes) -> UNetConfig:
     """shapes: name -> shape, names as inside the UNet."""
-    channels, latent = shapes["input_blocks.0.0.weight"][0], shapes["out.2.weight"][0]
+    (channels, takes, *_), latent = shapes["input_blocks.0.0.weight"], shapes["out.2.weight"][0]
+    if takes != latent:
+        raise ValueError(f"{shapes.file} seems to be {INPUTS.get(takes, 'another model')}: it takes {takes} channels "
+                         f"and gives {latent}; {EXPECTED}")
     widths, blocks, attention = [[]], 0, set()
-    for i in range(1, count(shapes, "input_blocks.{}.")):
+    for i in range(1, count(shapes, "input_blocks.")):
         if f"input_blocks.{i}.0.op.weight" in shapes:
             widths.append([])
             continue
@@ -50,7 +65,7 @@ def unet_config(shapes) -> UNetConfig:
         blocks = max(blocks, len(widths[-1]))
     return UNetConfig(
         channels=channels,
-        channel_mult=tuple(level[0] // channels for level in widths),
+        channel_mult=tuple((level or [0])[0] // channels for level in widths),
         num_res_blocks=blocks,
         attention_levels=tuple(sorted(attention)),
         context_dim=shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
@@ -62,18 +77,18 @@ def unet_config(shapes) -> UNetConfig:
 
 def vae_config(shapes) -> VAEConfig:
     channels = shapes["encoder.conv_in.weight"][0]
-    levels = count(shapes, "encoder.down.{}.")
+    levels = count(shapes, "encoder.down.")
     return VAEConfig(
         channels=channels,
         channel_mult=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // channels for i in range(levels)),
-        num_res_blocks=count(shapes, "encoder.down.0.block.{}."),
+        num_res_blocks=count(shapes, "encoder.down.0.block."),
         latent_channels=shapes["post_quant_conv.weight"][0],
     )
 
 
 def text_config(shapes) -> TextConfig:
-    vocab, width = shapes["model.token_embedding.weight"]
-    layers = count(shapes, "model.transformer.resblocks.{}.")
+    vocab, width = shapes["model.token_embedding.weight"][:2]
+    layers = count(shapes, "model.transformer.resblocks.")
     return TextConfig(
         width=width,
         layers=layers,

@@ -3,11 +3,13 @@
 import json
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 
-from cli import one_line
+from cli import one_line, read_json, warn
 from sd.files import Weights
 from sd.names import (
+    ADDITIONS,
     IGNORED,
     PREFIX,
     SD1_TEXT,
@@ -19,7 +21,7 @@ from sd.names import (
     vae_layers,
 )
 from sd.settings import BETA_SCHEDULES, Settings
-from sd.shapes import EXPECTED, FAMILY, LICENCE, Named, count
+from sd.shapes import EXPECTED, FAMILY, LICENCE, SHAPELESS, Named, count
 
 
 @dataclass
@@ -35,13 +37,19 @@ class Source:
     fresh: tuple[str, ...] = ()  # the beginnings of the UNet's names (of EXTRA) that the files do not have
 
 
+# What a file says of its prediction, where kohya's scripts and others write it, and where ComfyUI does.
+TOLD = ("modelspec.prediction_type", "modelspec.predict_key")
+PREDICTIONS = {"eps": "epsilon", "v_prediction": "v", "v-prediction": "v"}  # what is called otherwise here
+AVERAGE = "model_ema.diffusion_model"  # how the UNet's moving average is called, its names without their dots
 FOREIGN = {  # how a name in another kind of file begins, and what that file is
-    r".*lora|.*\.hada_|.*\.lokr_": "a LoRA, which changes a model but is none",
+    r"control_model\.|controlnet_|input_hint_block": "a ControlNet",
+    r".*\.(scale_weight|weight_scale|absmax|quant_map|SCB)$|scaled_fp8": "a quantised model, whose weights need scales",
+    r".*lora|.*\.hada_|.*\.lokr_": "a LoRA, which changes a model but is none: give it with --lora, beside a model",
+    r"conditioner\.embedders\.0\.model\.": "the refiner of Stable Diffusion XL",
     r"conditioner\.": "Stable Diffusion XL",
     r"(model\.diffusion_model\.)?joint_blocks\.": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?double_blocks\.": "Flux",
-    r"control_model\.|controlnet_|input_hint_block": "a ControlNet",
-    r".*motion_modules\.": "the motion modules of AnimateDiff",
+    r".*motion_modules\.": "the motion modules of AnimateDiff: give them with --motion, beside a model",
     r"emb_params|string_to_param": "a textual inversion",
     r"(encoder|decoder|quant_conv|post_quant_conv)\.(?!layers)": "a VAE alone",
     r"(down_blocks|up_blocks|input_blocks|output_blocks)\.": "a UNet alone",
@@ -51,11 +59,11 @@ FOREIGN = {  # how a name in another kind of file begins, and what that file is
 
 def refuse_foreign(path: str, shapes):
     """Raise ValueError, saying what the file seems to be, unless it holds the three parts of a Stable Diffusion."""
-    for pattern, what in FOREIGN.items():
+    parts = {"UNet": (PREFIX["unet"], AVERAGE), "VAE": PREFIX["vae"], "text tower": "cond_stage_model."}
+    missing = [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in shapes)]
+    for pattern, what in list(FOREIGN.items())[: None if missing else 2]:  # these two stand in whole models too
         if any(re.match(pattern, name) for name in shapes):
             raise ValueError(f"{path} seems to be {what}; {EXPECTED}")
-    parts = {"UNet": PREFIX["unet"], "VAE": PREFIX["vae"], "text tower": "cond_stage_model."}
-    missing = [part for part, prefix in parts.items() if not any(name.startswith(prefix) for name in shapes)]
     if len(missing) == len(parts):
         raise ValueError(f"{path} seems to be no Stable Diffusion, it holds {list(shapes)[:3]}...; {EXPECTED}")
     if missing:
@@ -66,59 +74,114 @@ def read_file(path: str, ema: bool) -> Source:
     """A single file in the original layout, ours or a published one."""
     weights = Weights(path)
     metadata = weights.add(path)
-    header, shapes = json.loads(metadata.get("etc", "null")), weights.shapes
+    before = {name.partition(PREFIX["unet"])[0] for name in weights.shapes if PREFIX["unet"] in name}
+    weights.strip(min(before, key=len, default=""))  # "module.", as trainers call a model that they wrap
+    shapes = weights.shapes
     refuse_foreign(path, shapes)
     homes = {part: (prefix,) for part, prefix in PREFIX.items()} | {"unet": (PREFIX["unet"], "etc.")}
     names = {part: {("model." if part == "text" else "") + name.removeprefix(home): (name,)
                     for home in homes[part] for name in shapes if name.startswith(home)} for part in PREFIX}
     family = "SD 2" if any(name.startswith(PREFIX["text"] + "transformer.") for name in shapes) else "SD 1"
     if family == "SD 1":  # some tools leave out "text_model."
-        home = SD1_TEXT if any(n.startswith(SD1_TEXT) for n in shapes) else SD1_TEXT.removesuffix("text_model.")
-        names["text"] = text_parameters(count(shapes, home + "encoder.layers.{}."), home)
-    ignored = IGNORED
-    if ema:
-        if "model_ema.decay" not in shapes:
-            raise ValueError(f"{path} holds no moving average (model_ema.*) beside the weights")
-        averages = {n: ("model_ema.diffusion_model" + n.replace(".", ""),) for n in names["unet"] if n[:4] != "etc."}
-        names["unet"] |= averages
-        ignored += (PREFIX["unet"] + "*",)
-    if header is None:
-        told = metadata.get("modelspec.prediction_type")  # as kohya's scripts and others write it
-        settings = Settings(prediction="v" if told in ("v", "v_prediction") else "epsilon",
-                            origin={"base": {"from": os.path.basename(path), "licence": LICENCE[family]}})
-        return Source(weights, names, FAMILY[family], settings, told is not None or family == "SD 1", ignored)
+        home = SD1_TEXT if any(n.startswith(SD1_TEXT + "encoder.") for n in shapes) else SD1_TEXT[: -len("text_model.")]
+        names["text"] = text_parameters(count(shapes, home + "encoder.layers."), home)
+    source = Source(weights, names, FAMILY[family], Settings())
+    take_average(source, ema)
+    added = [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in ADDITIONS)]
+    if added:
+        warn(f"{path} holds additions to the model, which are left out: {', '.join(added[:3])}")
+        source.ignored += ADDITIONS
+    if "etc" in metadata:
+        source.settings, source.told = own_settings(path, metadata["etc"])
+    else:
+        size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", metadata.get("modelspec.resolution", "")) or (0, 512, 512)
+        source.settings = Settings(
+            zero_snr="ztsnr" in shapes, spacing="trailing" if "ztsnr" in shapes else "leading",
+            width=int(size[1]), height=int(size[2]),
+            origin={"base": {"from": os.path.basename(path), "licence": LICENCE[family]}})
+    said = {"its header": source.settings.prediction} if "etc" in metadata else {}
+    said |= {f"the tensor {name}": "v" for name in ("v_pred", "ztsnr") if name in shapes}
+    said |= {name: PREDICTIONS.get(metadata[name].lower(), metadata[name]) for name in TOLD if name in metadata}
+    if len(set(said.values())) > 1:
+        warn(f"{path} contradicts itself, and the first is believed: "
+             + ", ".join(f"{who} says {what}" for who, what in said.items()))
+    source.settings = replace(source.settings, prediction=next(iter(said.values()), "epsilon"))
+    source.says_prediction = bool(said) or family == "SD 1"
+    return source
+
+
+def take_average(source: Source, ema: bool):
+    """Read the UNet from its moving average, where that is asked for or all there is. Raises ValueError."""
+    shapes, names, what = source.weights.shapes, source.names["unet"], source.weights.what
+    ours = [name for name, (theirs,) in names.items() if not theirs.startswith("etc.")]
+    averaged = any(name.startswith(AVERAGE) for name in shapes)
+    if ema and not averaged:
+        raise ValueError(f"{what} holds no moving average (model_ema.*) beside the weights")
+    if averaged and not ours:
+        warn(f"{what} holds no weights of the UNet but their moving average: that is used")
+        every = [parameters(unet_layers(levels, blocks), "") for levels in range(1, 6) for blocks in range(1, 4)]
+        ours = [name for names in every for name in names if AVERAGE + name.replace(".", "") in shapes]
+    elif not ema:
+        return
+    names |= {name: (AVERAGE + name.replace(".", ""),) for name in ours}
+    source.ignored += (PREFIX["unet"] + "*",)
+
+
+def own_settings(path: str, text: str) -> tuple[Settings, dict[str, dict]]:
+    """The settings in the header of a file of ours, and what it tells of each network. Raises ValueError."""
     known = {f.name for f in fields(Settings)}
-    settings = Settings(**{k: tuple(v) if k == "fps_trained" else v for k, v in header.items() if k in known})
-    header["architecture"]["unet"]["fps_embedding"] = header["fps_embedding"]
-    return Source(weights, names, header["architecture"], settings, ignored=ignored)
+    try:
+        header = json.loads(text)
+        told = {part: {**header["architecture"][part]} for part in SHAPELESS}
+        told["unet"]["fps_embedding"] = header["fps_embedding"]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in header.items() if k in known}
+    except KeyError as error:
+        raise ValueError(f"{path}: its settings (the header's `etc`) are damaged: they lack {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: its settings (the header's `etc`) are damaged: {one_line(error)}") from error
+    for part, values_of_part in told.items():
+        for name in values_of_part.keys() - {*SHAPELESS[part], "fps_embedding"}:
+            raise ValueError(f"{path}: its {part} says {name!r}, which is not known here: is it of a newer version?")
+    return Settings(**values), told
 
 
 FIXED = {  # what a folder's config.json may say of things that our networks do in one way, and that no shape betrays
-    "unet": {"act_fn": "silu", "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
-             "center_input_sample": False, "mid_block_scale_factor": 1, "class_embed_type": None,
-             "addition_embed_type": None},
-    "vae": {"act_fn": "silu", "shift_factor": None},
-    "text_encoder": {"model_type": "clip_text_model", "layer_norm_eps": 1e-5},
-    "scheduler": {"num_train_timesteps": 1000, "trained_betas": None},
+    "unet": {"_class_name": ("UNet2DConditionModel",), "act_fn": ("silu", "swish"), "norm_eps": (1e-5,),
+             "flip_sin_to_cos": (True,), "freq_shift": (0,), "downsample_padding": (1,), "class_embed_type": (None,),
+             "center_input_sample": (False,), "mid_block_scale_factor": (1,), "addition_embed_type": (None,),
+             "time_cond_proj_dim": (None,), "only_cross_attention": (False, [False] * 4)},
+    "vae": {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "shift_factor": (None,)},
+    "text_encoder": {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,)},
+    "scheduler": {"num_train_timesteps": (1000,), "trained_betas": (None, [])},
 }
-WEIGHTS = re.compile(  # diffusers' and transformers' names of weight files: a variant, one shard of several
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(?:-\d+-of-(\d+))?(\.fp16)?\.(safetensors|bin)")
+PARTS = ("unet", "vae", "text_encoder")
+# diffusers' and transformers' names of weight files, of one shard of several too
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)(\.\w+)?(?:-\d+-of-(\d+))?(\.\w+)?"
+                     r"\.(safetensors|bin)")
+# their kinds and variants, the best first
+KINDS = [(kind, variant) for variants in (("", ".fp32", ".fp16", ".bf16"), (".non_ema",))
+         for kind in ("safetensors", "bin") for variant in variants]
+SINGLE = (".safetensors", ".ckpt")
 # diffusers writes "linspace" for Euler, DPM-Solver++, UniPC and LMS: it is theirs, and says nothing of the weights
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "leading"}
 
 
 def folder_weights(folder: str) -> list[str]:
-    """The weight files of one network: safetensors before .bin, full precision before fp16, all shards."""
-    choices = {}
-    for name in sorted(os.listdir(folder)):
-        if match := WEIGHTS.fullmatch(name):
-            fp16, shards, fp16_too, kind = match.groups()
-            choices.setdefault((kind == "bin", bool(fp16 or fp16_too), int(shards or 1)), []).append(name)
+    """The weight files of one network, all shards of the best kind. Raises ValueError on none, or not all."""
+    choices, names = {}, sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    for match in filter(None, map(WEIGHTS.fullmatch, names)):
+        early, shards, late, kind = match.groups("")
+        if (kind, early or late) in KINDS:
+            choices.setdefault((KINDS.index((kind, early or late)), int(shards or 1)), []).append(match[0])
     if not choices:
-        raise ValueError(f"{folder} has no weights (.safetensors or .bin) under a name that diffusers uses; {EXPECTED}")
-    (_, _, shards), files = min(choices.items())
+        there = ", ".join(name for name in names if name != "config.json")[:200]
+        raise ValueError(f"{folder} has no weights (.safetensors or .bin) under a name that diffusers uses, only "
+                         f"{there or 'nothing'}; {EXPECTED}")
+    (kind, shards), files = min(choices.items())
     if len(files) != shards:
         raise ValueError(f"{folder} has {len(files)} of the {shards} files of weights: {', '.join(files)}")
+    if KINDS[kind][1] == ".non_ema":
+        warn(f"{folder} has but the weights that were not averaged (non_ema): they are used")
     return [os.path.join(folder, name) for name in files]
 
 
@@ -126,48 +189,72 @@ def folder_json(path: str, part: str, name: str = "config.json") -> Named:
     """A network's or the scheduler's config. Raises ValueError where it says what our networks do not do."""
     file = os.path.join(path, part, name)
     if not os.path.exists(file):
-        raise ValueError(f"{path} is no diffusers folder of a Stable Diffusion: there is no {file}")
-    with open(file) as opened:
-        config = Named(json.load(opened), file)
-    for key, value in FIXED[part].items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{file}: {key} is {config[key]!r}; a Stable Diffusion 1.x or 2.x has {value!r}")
-    return config
+        raise ValueError(f"{path} is no diffusers folder of a Stable Diffusion: there is no {file}{is_rather(path)}")
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: must be a JSON object of settings, got {str(config)[:40]}")
+    for key, values in FIXED[part].items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"{file}: {key} is {config[key]!r}; a Stable Diffusion 1.x or 2.x has {values[0]!r}"
+                             + is_rather(path))
+    return Named(config, file)
+
+
+def is_rather(path: str) -> str:
+    """What a folder says that it is, or which single files lie in it, to be added to an error."""
+    for name in ("model_index.json", "config.json"):
+        if os.path.isfile(os.path.join(path, name)):
+            index = read_json(os.path.join(path, name))
+            return f"; it says that it is a {index.get('_class_name')}" if isinstance(index, dict) else ""
+    files = [n for n in sorted(os.listdir(path)) if n.endswith(SINGLE)] if os.path.isdir(path) else []
+    return f"; give one of the files in it: {', '.join(files[:5])}" if files else ""
 
 
 def meaning(config: Named, key: str, default: str, known: dict):
     """What a value of a config is called here. Raises ValueError on an unknown one."""
     value = config.get(key, default)
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{config.file}: {key} is {value!r}; understood are {', '.join(known)}")
     return known[value]
 
 
+def numbers(config: Named, key: str, default: int, count: int) -> list[int]:
+    """A whole number of a config, or a list with one for each of `count` things. Raises ValueError."""
+    value = default if config.get(key) is None else config[key]
+    several = value if isinstance(value, list) else [value] * count
+    if len(several) != count or not all(type(number) is int and number > 0 for number in several):
+        raise ValueError(f"{config.file}: {key} must be a whole number > 0, or {count} of them, got {value!r}")
+    return several
+
+
 def read_folder(path: str, origin: str) -> Source:
     """A diffusers folder: unet/, vae/, text_encoder/ and scheduler/."""
-    unet, vae, text = (folder_json(path, part) for part in ("unet", "vae", "text_encoder"))
-    scheduler = folder_json(path, "scheduler", "scheduler_config.json")
+    unet, vae, text = (folder_json(path, part) for part in PARTS)
     weights = Weights(path)
-    for part in ("unet", "vae", "text_encoder"):
+    for part in PARTS:
         for file in folder_weights(os.path.join(path, part)):
             weights.add(file, f"{part}/")
     shapes = weights.shapes
     old = "vae/encoder.mid_block.attentions.0.query.weight" in shapes
     home = "text_encoder/" + ("text_model." if any(n.startswith("text_encoder/text_model.") for n in shapes) else "")
+    levels, levels_of_vae = count(shapes, "unet/down_blocks."), count(shapes, "vae/encoder.down_blocks.")
     names = {
-        "unet": parameters(unet_layers(count(shapes, "unet/down_blocks.{}."),
-                                       count(shapes, "unet/down_blocks.0.resnets.{}.")), "unet/"),
-        "vae": parameters(vae_layers(count(shapes, "vae/encoder.down_blocks.{}."),
-                                     count(shapes, "vae/encoder.down_blocks.0.resnets.{}."),
+        "unet": parameters(unet_layers(levels, count(shapes, "unet/down_blocks.0.resnets.")), "unet/"),
+        "vae": parameters(vae_layers(levels_of_vae, count(shapes, "vae/encoder.down_blocks.0.resnets."),
                                      VAE_ATTENTION_2022 if old else VAE_ATTENTION), "vae/"),
-        "text": text_parameters(count(shapes, home + "encoder.layers.{}."), home),
+        "text": text_parameters(count(shapes, home + "encoder.layers."), home),
     }
     # the number of heads, in spite of its name, of all levels or of each
-    heads, widths = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8), unet["block_out_channels"]
-    number = heads if isinstance(heads, int) else heads[0] if len(set(heads)) == 1 else None
-    head_width = None if number else widths[0] // heads[0]
-    if number is None and any(h * head_width != w for h, w in zip(heads, widths)):
-        raise ValueError(f"{unet.file}: neither the number of heads, {heads}, nor their width is that of all levels")
+    key = "num_attention_heads" if unet.get("num_attention_heads") else "attention_head_dim"
+    heads, number, head_width = numbers(unet, key, 8, levels), None, None
+    if len(set(heads)) == 1:
+        number = heads[0]
+    else:
+        widths = numbers(unet, "block_out_channels", 0, levels)
+        head_width = widths[0] // heads[0]
+        if any(h * head_width != w for h, w in zip(heads, widths)):
+            raise ValueError(f"{unet.file}: neither the number of heads, {heads}, nor their width is the same in all "
+                             "levels")
     quick_gelu = meaning(text, "hidden_act", "quick_gelu", {"quick_gelu": True, "gelu": False})
     family = "SD 1" if quick_gelu else "SD 2"
     told = {
@@ -175,35 +262,57 @@ def read_folder(path: str, origin: str) -> Source:
         "vae": {"norm_groups": vae.get("norm_num_groups", 32)},
         "text": FAMILY[family]["text"] | {"heads": text["num_attention_heads"], "skip_last": 0},
     }
-    side = (unet.get("sample_size") or 64) * 2 ** (len(vae["block_out_channels"]) - 1)  # of a picture, in pixels
-    settings = Settings(
+    height, width = (n * 2 ** max(0, levels_of_vae - 1) for n in numbers(unet, "sample_size", 64, 2))  # in pixels
+    settings = Settings(latent_scale=vae.get("scaling_factor", 0.18215), width=width, height=height,
+                        origin={"base": {"from": origin, "licence": LICENCE[family]}})
+    if not os.path.exists(os.path.join(path, "scheduler")):
+        warn(f"{path} has no scheduler/, which says the noise schedule: Stable Diffusion's is assumed")
+        return Source(weights, names, told, settings, family == "SD 1")
+    scheduler = folder_json(path, "scheduler", "scheduler_config.json")
+    return Source(weights, names, told, replace(
+        settings,
         prediction=meaning(scheduler, "prediction_type", "epsilon", {"epsilon": "epsilon", "v_prediction": "v"}),
         beta_schedule=meaning(scheduler, "beta_schedule", "scaled_linear", {b: b for b in BETA_SCHEDULES}),
         beta_start=scheduler["beta_start"],
         beta_end=scheduler["beta_end"],
-        zero_snr=scheduler.get("rescale_betas_zero_snr", False),
-        spacing=meaning(scheduler, "timestep_spacing", "leading", SPACINGS),
-        latent_scale=vae.get("scaling_factor", 0.18215),
-        width=side,
-        height=side,
-        origin={"base": {"from": origin, "licence": LICENCE[family]}},
-    )
-    return Source(weights, names, told, settings)
+        zero_snr=scheduler.get("rescale_betas_zero_snr") or False,
+        spacing=meaning(scheduler, "timestep_spacing", "leading", SPACINGS)))
 
 
 def download(repository: str) -> str:
-    """The files that load() needs of a Hugging Face repository, and no others -> the folder that they are in."""
-    from huggingface_hub import errors, snapshot_download  # seconds to import, and only needed here
+    """The files that load() needs of a Hugging Face repository, and no others -> their folder, or the one file."""
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download  # seconds to import, only needed here
 
-    wanted = ["scheduler/scheduler_config.json"]
-    for part in ("unet", "vae", "text_encoder"):
-        stem = f"{part}/{'model' if part == 'text_encoder' else 'diffusion_pytorch_model'}"
-        wanted += [f"{part}/config.json", f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors"]
+    configs = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)]
     try:
-        return snapshot_download(repository, allow_patterns=wanted)
+        folder = snapshot_download(repository, allow_patterns=configs + weights_of(PARTS, *KINDS[0]))
+        for kind in KINDS[1:]:
+            there = {part: os.listdir(os.path.join(folder, part)) for part in PARTS
+                     if os.path.isdir(os.path.join(folder, part))}
+            lacking = [part for part, names in there.items() if not any(map(WEIGHTS.fullmatch, names))]
+            if lacking:
+                snapshot_download(repository, allow_patterns=weights_of(lacking, *kind))
+        if os.path.exists(os.path.join(folder, "unet")):
+            return folder
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        files = [n for n in names if n.endswith(SINGLE)]
+        if not files:
+            names = HfApi().list_repo_files(repository)
+            files = [n for n in names if n.endswith(SINGLE)]
+        if len(files) == 1:
+            return hf_hub_download(repository, files[0])
     except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise ValueError(f"{repository}: there is no such file, and no such Hugging Face repository can be reached "
                         f"(a wrong name, or offline?): {one_line(error)}") from error
+    raise ValueError(f"{repository} is no diffusers folder of a Stable Diffusion, it has {', '.join(names[:8])}" + (
+        f"; download one of its files (hf download {repository} {files[0]}) and give its path" if files else ""))
+
+
+def weights_of(parts, kind: str, variant: str) -> list[str]:
+    """Patterns of the names of weight files, see WEIGHTS and KINDS."""
+    stems = {"text_encoder": "model" if kind == "safetensors" else "pytorch_model"}
+    return [f"{part}/{stems.get(part, 'diffusion_pytorch_model')}{end}.{kind}" for part in parts
+            for end in (variant, f"{variant}-?????-of-?????", f"-?????-of-?????{variant}")]
 
 
 def is_repository(path: str) -> bool:
