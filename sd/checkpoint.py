@@ -24,7 +24,7 @@ from sd.files import Weights
 from sd.names import SD1_TEXT, file_name, text_parameters
 from sd.presets import ModelConfig
 from sd.settings import Model, build, make_layout
-from sd.shapes import EXPECTED, SHAPELESS, Named, text_config, unet_config, vae_config
+from sd.shapes import EXPECTED, SHAPELESS, Shapes, text_config, unet_config, vae_config
 from sd.sources import Source, download, is_repository, read_file, read_folder
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,7 +53,8 @@ def save(model: Model, path: str):
     }
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model_tensors(model).items()}
     write_tensors(tensors, path, {
-        "format": "pt", "etc": json.dumps(header), "modelspec.prediction_type": model.settings.prediction})
+        "format": "pt", "etc": json.dumps(header), "modelspec.prediction_type": model.settings.prediction,
+        "modelspec.resolution": f"{model.settings.width}x{model.settings.height}"})
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str] | None = None):
@@ -83,13 +84,12 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
     that have the wanted dtype already stay in the file, mapped into memory. Raises ValueError when the files do not
     hold exactly one whole model.
     """
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        source = read_folder(path, os.path.basename(os.path.normpath(path)))
-    elif os.path.exists(path) or not is_repository(path):
-        source = read_file(path, ema)
-    else:
-        source = read_folder(download(path), path)
+    name = path = os.fspath(path)
+    if not os.path.exists(path) and is_repository(path):
+        path = download(path)
+    elif os.path.isdir(path):
+        name = os.path.basename(os.path.abspath(path))
+    source = read_folder(path, name) if os.path.isdir(path) else read_file(path, ema)
     if prediction:
         source.settings = replace(source.settings, prediction=prediction)
     elif not source.says_prediction:
@@ -106,15 +106,15 @@ def assemble(source: Source, device, dtype) -> Model:
     configs = {}
     for part, read in (("unet", unet_config), ("vae", vae_config), ("text", text_config)):
         shapes = {n: weights.shapes[theirs[0]] for n, theirs in pieces[part].items() if theirs[0] in weights.shapes}
-        configs[part] = replace(read(Named(shapes, f"{what} ({part})")), **source.told[part])
+        configs[part] = replace(read(Shapes(shapes, f"{what} ({part})")), **source.told[part])
     if not configs["unet"].fps_embedding and "fps_embedding" not in source.told["unet"]:
         configs["unet"] = replace(configs["unet"], fps_embedding=True)
         source.fresh += ("time_proj.", "fps_proj.")
-    if configs["text"].width != configs["unet"].context_dim:
-        raise ValueError(f"{what}: the text tower gives {configs['text'].width} channels, "
-                        f"the UNet takes {configs['unet'].context_dim}; {EXPECTED}")
-    with torch.device("meta"):
-        model = build(ModelConfig(**configs), source.settings)
+    try:
+        with torch.device("meta"):
+            model = build(ModelConfig(**configs), source.settings)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{what}: {error}") from error
 
     wanted = [(part, name, tensor.shape, pieces[part].get(name, (file_name(part, name),)))
               for part, module in model.parts().items() for name, tensor in module.state_dict().items()
@@ -134,7 +134,8 @@ def assemble(source: Source, device, dtype) -> Model:
 
 def check(weights: Weights, wanted, ignored):
     """Raise ValueError unless the files hold all that is wanted, in the right shapes, and nothing unknown beside it."""
-    names = [(n, (shape[0] // len(theirs), *shape[1:])) for _, _, shape, theirs in wanted for n in theirs]
+    names = [(n, tuple(shape) if len(theirs) == 1 else (shape[0] // len(theirs), *shape[1:]))
+             for _, _, shape, theirs in wanted for n in theirs]
     used = {n for n, _ in names}
     missing = [n for n in used if n not in weights.shapes]
     wrong = [f"{n} is {weights.shapes[n]} and not {shape}" for n, shape in names
