@@ -1,0 +1,99 @@
+"""Pooled attention: a frame sees itself in full, and of the other frames only averages.
+
+Nothing is learned, so it works with any file that was trained on grids, and for training too. Pooling commutes with
+linear layers, so the normed input of attn1 is pooled and then projected. One softmax over all of a frame's keys:
+
+    softmax [ q K_own^T / sqrt(d)  |  q K_far^T / sqrt(d) + log n ] [ V_own | V_far ]
+
+where a far key is the mean of n tokens. Tokens that are equal are counted right that way, so with pools of one token
+this is the grid's full attention; with larger ones it is an approximation.
+"""
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+
+from grid import fold, unfold
+from model import Attention, Clip, Grid, UNetConfig, attention, split_heads
+
+
+class Pooled(Grid):
+    """Grid attention in which the tokens of other frames are averaged over squares.
+
+    pool   side of a square in latent pixels: 4 are 4 x 4 tokens on the first level, 2 x 2 on the second
+    reach  frames that are this far apart, or farther, see squares of twice the side; from four times as far, four
+           times; and so on, which makes the cost of T frames T log T and not T^2
+
+    Clips of at most `reach` frames are pooled on the largest level with attention alone, where most of the cost is;
+    longer ones on every level. Where a cell of the grid is no whole number of tokens, attention is full. Raises
+    ValueError on options that are out of range.
+    """
+
+    name = "pooled"
+
+    def __init__(self, cfg: UNetConfig, pool: int = 4, reach: int = 16):
+        super().__init__()
+        for name, value in (("pool", pool), ("reach", reach)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        self.pool, self.reach = pool, reach
+        self.largest = min(cfg.attention_levels, default=len(cfg.channel_mult) - 1)
+
+    def self_attention(self, attn: Attention, h, clip: Clip):
+        if clip.grid is None or h.shape[1] % clip.grid[0] or h.shape[2] % clip.grid[1]:
+            return super().self_attention(attn, h, clip)
+        T, halved = clip.grid[0] * clip.grid[1], clip.x.shape[2] // h.shape[1]
+        if T == 1 or T <= self.reach and halved > 2**self.largest:
+            return super().self_attention(attn, h, clip)
+        return pooled_attention(attn, h, clip.grid, lambda distance: max(1, self.side(distance) // halved))
+
+    def side(self, distance: int) -> int:
+        """Side of the squares that frames see of one another, in latent pixels."""
+        side, reach = self.pool, self.reach
+        while distance >= reach:
+            side, reach = 2 * side, 4 * reach
+        return side
+
+
+def pooled_attention(attn: Attention, h, grid, side_at):
+    """Self-attention of the frames of a grid h (B, H, W, C) -> (B, H, W, C).
+
+    side_at  distance in frames, >= 1 -> side of the squares, in tokens
+    """
+    frames = unfold(h.permute(0, 3, 1, 2), *grid)  # (B, T, C, h, w)
+    own = frames.flatten(3).mT
+    T, N = own.shape[1:3]
+    q, own_k, own_v = attn.to_q(own), attn.to_k(own), attn.to_v(own)
+    far = {}  # keys and values of every frame, and the logits' share, by side
+    for side in {side_at(distance) for distance in range(1, T)}:
+        tokens, count = pool(frames, side)
+        far[side] = attn.to_k(tokens), attn.to_v(tokens), count.log()
+    out = []
+    for t in range(T):  # one by one: together, their keys would be T times as many
+        seen = defaultdict(list)
+        for other in range(T):
+            if other != t:
+                seen[side_at(abs(other - t))].append(other)
+        k, v, bias = [own_k[:, t]], [own_v[:, t]], [own.new_zeros(N)]
+        for side, others in seen.items():
+            keys, values, log_count = far[side]
+            k.append(keys[:, others].flatten(1, 2))
+            v.append(values[:, others].flatten(1, 2))
+            bias.append(log_count.repeat(len(others)))
+        heads = (split_heads(x, attn.heads) for x in (q[:, t], torch.cat(k, 1), torch.cat(v, 1)))
+        out.append(attention(*heads, torch.cat(bias)).transpose(1, 2).flatten(2))
+    out = attn.to_out(torch.stack(out, 1))
+    return fold(out.mT.unflatten(3, frames.shape[3:]), *grid).permute(0, 2, 3, 1)
+
+
+def pool(frames, side: int):
+    """Average squares of side x side tokens, frames (B, T, C, h, w) -> (B, T, n, C), and how many each holds (n,).
+
+    Squares at the lower and the right edge hold fewer where the sides are not divisible.
+    """
+    kernel = [min(side, length) for length in frames.shape[3:]]
+    means = F.avg_pool2d(frames.flatten(0, 1), kernel, ceil_mode=True, count_include_pad=False)
+    ones = frames.new_ones(1, *frames.shape[3:])
+    count = F.avg_pool2d(ones, kernel, ceil_mode=True, divisor_override=1).flatten()
+    return means.flatten(2).mT.unflatten(0, frames.shape[:2]), count
