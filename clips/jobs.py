@@ -58,10 +58,15 @@ def appending(path: str):
 
     A last line that an interruption tore is cut off. Raises ValueError while another process has the file.
     """
-    with open(path, "a+b") as file:
-        if not lock(file):
-            raise ValueError(f"{path} is being written by another process: wait for it, or stop it")
-        file.seek(0)
-        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
-        file.seek(0)
-        yield file
+    try:
+        with open(path, "a+b") as file:
+            if not lock(file) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise ValueError(f"{path} is being written by another process: wait for it, or stop it")
+            file.seek(0)
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+            file.seek(0)
+            yield file
+    except OSError as error:
+        if error.filename or not error.strerror:
+            raise
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error  # a full disk

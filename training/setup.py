@@ -1,14 +1,14 @@
 """What a run starts from: its model and its data."""
 
-import json
 import os
 from dataclasses import asdict, fields, replace
 
 import torch
 
-from cli import warn
+from cli import read_json, warn
+from clips.changes import described, is_stale
 from clips.encode import encode
-from clips.encoded import EncodedClips, fingerprint, read_settings
+from clips.encoded import EncodedClips, fingerprint
 from clips.samples import CAPTION_FPS, LABEL_FPS, SOURCES, LiveClips, Spec
 from lab import toy
 from sample import NoiseSchedule
@@ -81,8 +81,9 @@ def render_world(cfg: Config):
     try:
         if not os.path.exists(cfg.toy):
             toy.render(cfg.toy, **world)
-        with open(os.path.join(cfg.toy, "world.json"), encoding="utf-8") as file:
-            found = json.load(file)
+        found = read_json(os.path.join(cfg.toy, "world.json"))
+        if not isinstance(found, dict):
+            raise ValueError("world.json must be a JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(f"the toy world {cfg.toy}: {error}") from error
     for name, ours in world.items():
@@ -95,7 +96,7 @@ def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
     """Render and encode what is missing -> the lists; none where everything is encoded already."""
     ahead = cfg.encoded if cfg.train == "unet" else ""
     if ahead and os.path.exists(ahead):
-        compare_lists(cfg)
+        require_current(cfg)
         return {}
     lists = data_lists(cfg)
     if ahead:
@@ -111,13 +112,23 @@ def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
     return lists
 
 
-def compare_lists(cfg: Config):
-    """Warn where the encoded clips are not of the config's lists; these may be the same in another place."""
-    encoded = read_settings(cfg.encoded)["lists"]
-    for source, path in data_lists(cfg, render=False).items():
-        if encoded.get(source, path) != path:
-            warn(f"{cfg.encoded} is used, which was encoded from {encoded[source]}, and {path} is not read: for other "
-                 "data choose another folder for `encoded`")
+def require_current(cfg: Config):
+    """Raise ValueError when the lists hold other data than was encoded; warn where that cannot be known.
+
+    Who has the folder alone, without the clips, trains on it as it is.
+    """
+    clips = EncodedClips(cfg.encoded, text=False)
+    lists = clips.lists | data_lists(cfg, render=False)  # these may be the same in another place
+    lists = {source: path for source, path in lists.items() if source in clips.lists and cfg.mix.get(source)}
+    away = [path for path in lists.values() if not os.path.exists(path)]
+    changes = clips.changes({source: path for source, path in lists.items() if path not in away})
+    if is_stale(changes):
+        moved = [f" --{source} {path}" for source, path in lists.items() if path != clips.lists[source]]
+        raise ValueError(f"{cfg.encoded} was encoded from other data: {described(changes)}; run "
+                         f"`python -m clips.encode {cfg.encoded} --ckpt MODEL --update{''.join(moved)}`, or remove the folder")
+    if away or changes is None or changes["absent"]:
+        why = f"{', '.join(away)} cannot be found" if away else described(changes)
+        warn(f"{cfg.encoded} is used as it is, changes of its data cannot be noticed: {why}")
 
 
 def sample_spec(cfg: Config) -> Spec:

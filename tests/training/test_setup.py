@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,74 @@ def test_contexts_of_another_tower_are_refused(encoding):
         open_clips(cfg, model, lists, CPU)
 
 
-def test_latents_of_other_lists_are_told(encoding, world, capsys):
+def test_latents_of_other_lists_are_refused(encoding, world, tmp_path, capsys):
+    """The same lists in another place are not others; where they cannot be found, that is told."""
     cfg, model = encoding
     make_ready(cfg, model, CPU)
     capsys.readouterr()
+    shutil.copytree(world, tmp_path / "copy")
     assert make_ready(cfg, model, CPU) == {} and not capsys.readouterr().err
-    make_ready(dataclasses.replace(cfg, video="mine.csv"), model, CPU)
-    assert f"encoded from {world}/videos.csv, and mine.csv is not read" in capsys.readouterr().err
+    cfg = dataclasses.replace(cfg, video=f"{tmp_path}/copy/videos.csv")
+    assert make_ready(cfg, model, CPU) == {} and not capsys.readouterr().err
+    assert make_ready(dataclasses.replace(cfg, caption="mine.jsonl"), model, CPU) == {}
+    assert capsys.readouterr().err == (f"warning: {cfg.encoded} is used as it is, changes of its data cannot be "
+                                       "noticed: mine.jsonl cannot be found\n")
+    (tmp_path / "mine.jsonl").write_text('{"path": "x.png", "caption": "x"}\n')
+    with pytest.raises(ValueError, match=f"1 of 11 items changed .* 7 are gone; .* --caption {tmp_path}/mine.jsonl`"):
+        make_ready(dataclasses.replace(cfg, caption=f"{tmp_path}/mine.jsonl"), model, CPU)
+
+
+@pytest.fixture
+def own_clips(tmp_path, world, micro):
+    """Two clips with captions in a folder, encoded, and a config that trains on them."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for n, clip in enumerate(sorted(Path(world).rglob("*.mp4"))[:2]):
+        shutil.copy2(clip, folder / f"{n}.mp4")
+        (folder / f"{n}.txt").write_text("a red box")
+    cfg = read_config([CI, f"--init={micro}", "--toy=", f"--video={folder}", f"--encoded={tmp_path}/encoded",
+                       "--mix={'video': 1}"])
+    model = make_model(cfg)
+    make_ready(cfg, model, CPU)
+    return cfg, model, folder
+
+
+def test_data_that_changed_since_they_were_encoded_are_refused(own_clips):
+    """Bug 10: the old latents and captions were trained on without a word."""
+    cfg, model, folder = own_clips
+    (folder / "0.txt").write_text("a blue box")
+    shutil.copy(folder / "0.mp4", folder / "1.mp4")
+    shutil.copy2(folder / "0.mp4", folder / "2.mp4")
+    with pytest.raises(ValueError) as told:
+        make_ready(cfg, model, CPU)
+    assert str(told.value) == (
+        f"{cfg.encoded} was encoded from other data: 2 of 3 items changed since they were encoded (1 captions, 1 "
+        f"files), 1 are new, 0 are gone; run `python -m clips.encode {cfg.encoded} --ckpt MODEL --update`, or remove "
+        "the folder")
+
+
+def test_a_folder_without_its_clips_is_used_as_it_is(own_clips, capsys):
+    cfg, model, folder = own_clips
+    capsys.readouterr()
+    for clip in folder.glob("*.mp4"):
+        clip.rename(folder.parent / clip.name)
+    os.symlink("elsewhere", folder / "0.mp4")
+    os.symlink("elsewhere", folder / "1.mp4")
+    make_ready(cfg, model, CPU)
+    assert "nothing has changed since it was encoded; the files of 2 are not there any more" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    make_ready(cfg, model, CPU)
+    assert f"cannot be noticed: {folder} cannot be found" in capsys.readouterr().err
+
+
+def test_a_folder_of_an_earlier_version_is_used_and_told(own_clips, capsys):
+    cfg, model, _ = own_clips
+    index = Path(cfg.encoded, "index.jsonl")
+    index.write_text(re.sub('"made": "[0-9a-f]*", ', "", index.read_text()))
+    capsys.readouterr()
+    make_ready(cfg, model, CPU)
+    assert "cannot be noticed: it does not say what it was made from" in capsys.readouterr().err
+    assert open_clips(cfg, model, {}, CPU).sample("video", 0, 0, 0).caption == "a red box"
 
 
 def test_a_source_without_a_list_is_refused_before_anything_is_encoded(encoding, world):
