@@ -24,10 +24,12 @@ VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg"
 TIME_LIMIT = 30  # seconds to open a file, and to decode the frames of a clip
 BYTE_LIMIT = 1 << 29  # of a clip, compressed
 PIXEL_LIMIT = 1 << 26  # of a frame
+RATE_LIMIT, DURATION_LIMIT = 250, 1e6  # frames a second and seconds; above, a header tells of its clock, not of frames
 # containers that hold their own video: a playlist among downloaded files could name any other file, or a URL
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,m4v,h264,hevc,ivf,mjpeg"
 # codecs in which a packet is a frame, so that packets can be left out; one of AV1 may show an earlier packet's frame
 SKIPPING = ("h264", "hevc", "mpeg4", "mpeg2video")
+SEEING_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders leave transparency out
 
 
 class Bad(Exception):
@@ -40,6 +42,7 @@ class Video:
     """An open video."""
 
     stream: av.VideoStream
+    decoder: av.VideoCodecContext
     rate: float  # frames a second, on average
     start: float  # timestamp of its beginning, in seconds
     duration: float  # seconds
@@ -51,20 +54,34 @@ def opened(path: str):
     """Context manager: open the video in a file, decoded by one thread. Whatever is wrong with it becomes a Bad."""
     require_file(path)
     try:
-        options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        with av.open(path, container_options=options, metadata_errors="replace", timeout=TIME_LIMIT) as container:
-            pictures = av.stream.Disposition.attached_pic  # the cover of an audio file
-            streams = [s for s in container.streams.video if s.codec_context and not s.disposition & pictures]
-            if not streams:
-                raise Bad("no video in it")
-            stream = streams[0]
+        with open_container(path) as container:
+            stream = video_stream(container)
             context = stream.codec_context
-            context.thread_count, context.thread_type = 1, "NONE"  # many clips are read at once: one thread each
             if not 0 < context.width * context.height <= PIXEL_LIMIT:
                 raise Bad("absurd size")
-            yield Video(stream, *timing(stream))
+            if stream.metadata.get("alpha_mode") == "1" and context.name in SEEING_ALPHA:
+                context = av.CodecContext.create(SEEING_ALPHA[context.name], "r")
+            context.thread_count, context.thread_type = 1, "NONE"  # many clips are read at once: one thread each
+            aspect = float(stream.sample_aspect_ratio or 1)
+            rate, start, duration = told_timing(stream) or measured_timing(path)
+            yield Video(stream, context, rate, start, duration, aspect if 0.1 < aspect < 10 else 1.0)
     except (av.FFmpegError, OSError) as error:
         raise Bad((error.strerror or type(error).__name__).lower()) from error
+
+
+def open_container(path: str) -> av.container.InputContainer:
+    """Open a file that is no playlist."""
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    return av.open(path, container_options=options, metadata_errors="replace", timeout=TIME_LIMIT)
+
+
+def video_stream(container) -> av.VideoStream:
+    """The first stream of a container that is a video. Raises Bad when none is."""
+    pictures = av.stream.Disposition.attached_pic  # the cover of an audio file
+    for stream in container.streams.video:
+        if stream.codec_context and not stream.disposition & pictures:
+            return stream
+    raise Bad("no video in it")
 
 
 def require_file(path: str):
@@ -79,9 +96,8 @@ def require_file(path: str):
         raise Bad("not a regular file")
 
 
-def timing(stream) -> tuple[float, float, float, float]:
-    """Read (rate, start, duration, aspect) off a stream."""
-    rate = float(stream.average_rate or stream.guessed_rate or 0)
+def told_timing(stream) -> tuple[float, float, float] | None:
+    """(rate, start, duration) by the header of a file; None where it does not tell, or nothing that can be."""
     tagged = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))  # Matroska
     if stream.duration:
         duration = float(stream.duration * stream.time_base)
@@ -89,12 +105,26 @@ def timing(stream) -> tuple[float, float, float, float]:
         duration = float(tagged[1]) * 3600 + float(tagged[2]) * 60 + float(tagged[3])
     else:
         duration = (stream.container.duration or 0) / av.time_base
-    if not 0 < rate < 1000:
-        raise Bad("no frame rate")
-    if not 0 < duration < 1e6:
+    rate, start = float(stream.average_rate or 0), float((stream.start_time or 0) * stream.time_base)
+    told = 0 < rate <= RATE_LIMIT and 0 < duration <= DURATION_LIMIT
+    if not stream.duration and start * rate > 1:  # some containers count from there, some from 0
+        told = False
+    return (rate, start, duration) if told else None
+
+
+def measured_timing(path: str) -> tuple[float, float, float]:
+    """(rate, start, duration) by all packets of a file, as for what a browser recorded. Raises Bad."""
+    with open_container(path) as container:
+        stream = video_stream(container)
+        packets = read_packets(stream, math.inf, time.monotonic() + TIME_LIMIT)
+        shown = {p.pts for p in packets if p.pts is not None and not p.is_discard}
+    if len(shown) < 2:
         raise Bad("no duration")
-    aspect = float(stream.sample_aspect_ratio or 1)
-    return rate, float((stream.start_time or 0) * stream.time_base), duration, aspect if 0.1 < aspect < 10 else 1.0
+    start, span = float(min(shown) * stream.time_base), float((max(shown) - min(shown)) * stream.time_base)
+    rate = (len(shown) - 1) / span
+    if rate > 1000 or span > DURATION_LIMIT:
+        raise Bad("no frame rate")
+    return rate, start, span + 1 / rate
 
 
 def usable_fps(rate: float, duration: float, T: int, values=VIDEO_FPS) -> list[int]:
@@ -110,13 +140,14 @@ def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
 
     back  how many seconds before the first time to look for a keyframe
     """
-    stream, context, deadline = video.stream, video.stream.codec_context, time.monotonic() + TIME_LIMIT
+    stream, context, deadline = video.stream, video.decoder, time.monotonic() + TIME_LIMIT
+    context.flush_buffers()
     ticks = [math.floor((video.start + t + 1e-6) / stream.time_base) for t in times]
     if times[0] > back:
         stream.container.seek(math.floor((video.start + times[0] - back) / stream.time_base), stream=stream)
     elif times[0] > 0:
         stream.container.seek(min(0, math.floor(video.start * av.time_base)))  # to the beginning of the file
-    packets = read_packets(stream, ticks[-1], deadline)
+    packets = list(read_packets(stream, ticks[-1], deadline))
     keys = [n for n, p in enumerate(packets) if p.is_keyframe]
     if times[0] > back and (not keys or (packets[keys[0]].pts or 0) > ticks[0]):
         return frames_at(video, times, back=2 * back + 1)  # that keyframe is shown too late
@@ -150,15 +181,14 @@ def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
     return frames + [current] * (len(ticks) - len(frames))
 
 
-def read_packets(stream, last: int, deadline: float) -> list[av.Packet]:
-    """Packets in decoding order, up to the first after which none can be shown at or before the tick `last`."""
-    packets, size = [], 0
+def read_packets(stream, last: float, deadline: float):
+    """Yield packets in decoding order, up to the first after which none can be shown at or before the tick `last`."""
+    size = 0
     for packet in stream.container.demux(stream):
         if packet.size:
-            packets.append(packet)
+            yield packet
         size += packet.size
         if size > BYTE_LIMIT or time.monotonic() > deadline:
             raise Bad("too large")
         if packet.dts is not None and packet.dts > last:  # shown no earlier than decoded
             break
-    return packets

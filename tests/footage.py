@@ -50,6 +50,35 @@ def write_clip(path, times, codec="libx264", tick=Fraction(1, 600), rotation=0, 
         file.mux(stream.encode())
 
 
+# containers as browsers, phones and streams write them: codec, format, options, and whether the header has a duration
+RECORDERS = {
+    "MediaRecorder.webm": ("libvpx", "webm", {"live": "1"}, False),
+    "live.mkv": ("libx264", "matroska", {"live": "1"}, False),
+    "phone.mp4": ("libx264", "mp4", {"movflags": "frag_keyframe+empty_moov+default_base_moof"}, True),
+    "stream.flv": ("libx264", "flv", {"flvflags": "no_duration_filesize"}, True),  # its end is read
+    "stream.ts": ("libx264", "mpegts", {}, True),
+}
+
+
+def record(path, times, tick, start=0):
+    """Write a clip like `write_clip`, into the container that the name of the path says, starting at `start`."""
+    codec, kind, container, _ = RECORDERS[path.name]
+    options = {"g": "12", "deadline": "realtime"} if codec == "libvpx" else {"g": "12", "bf": "2"}
+    with av.open(str(path), "w", format=kind, container_options=container) as file:
+        stream = file.add_stream(codec, rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = WIDTH, HEIGHT, "yuv420p", tick
+        for n, at in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(n)).reformat(format="yuv420p")
+            frame.pts, frame.time_base = start + at, tick
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    place = data.find(b"\x23\xe3\x83\x84") if path.name == "MediaRecorder.webm" else -1
+    if place >= 0:
+        data[place : place + 8] = b"\xec\x86" + bytes(6)  # browsers give no default duration of frames
+        path.write_bytes(data)
+
+
 def damaged(folder, good, count, seed=0):
     """Yield the paths of `count` files made from good ones: each kind of damage in turn, at a random place."""
     rng = random.Random(seed)

@@ -8,7 +8,9 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from footage import CODECS, HEIGHT, WIDTH, damaged, number, odd_files, picture, write_clip
+from footage import CODECS, HEIGHT, RECORDERS, WIDTH, damaged, number, odd_files, picture, record, write_clip
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clips.decode import TIME_LIMIT, Bad, frames_at, opened, usable_fps
 from clips.pictures import View, fit_frame
@@ -102,6 +104,83 @@ def test_a_video_that_ends_before_it_says_is_bad(tmp_path):
         numbers_at(tmp_path / "cut.mp4", [1.95])
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(list(RECORDERS)), st.lists(st.integers(12, 60), min_size=3, max_size=40) | st.just([20] * 30),
+       st.sampled_from([0, 0, 300, 6000]), st.data())
+def test_what_browsers_phones_and_streams_write(tmp_path_factory, name, gaps, start, data):
+    """No duration, no rate, any start: the frames of a plain decoder that decodes all, and the rate of the packets."""
+    path = tmp_path_factory.mktemp("recorded") / name
+    record(path, np.cumsum([0, *gaps]).tolist(), Fraction(1, 600), start)
+    with av.open(str(path)) as file:
+        plain = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in file.decode(video=0)]
+    first, span = plain[0][0], plain[-1][0] - plain[0][0]
+    times = sorted(data.draw(st.lists(st.floats(0, span), min_size=1, max_size=4)))
+    with opened(str(path)) as video:
+        assert video.start == pytest.approx(first, abs=1e-6)
+        if not RECORDERS[name][-1]:
+            assert video.rate == pytest.approx(len(gaps) / span)
+        assert video.rate < 60 and abs(video.duration - span - 1 / video.rate) < 0.11
+        frames = frames_at(video, times)
+    for t, frame in zip(times, frames):
+        expected = [pixels for at, pixels in plain if at <= first + t + 1e-6][-1]
+        assert np.array_equal(frame.to_ndarray(format="rgb24"), expected)
+
+
+def test_the_clock_of_a_stream_is_not_its_rate(tmp_path, monkeypatch):
+    """A transport stream whose H.264 says 600 for the clock of its times, as a header in hundredths could."""
+    monkeypatch.setitem(CODECS, "libx264", ("ts", "yuv420p", {"bf": "0"}))
+    write_clip(tmp_path / "clip.ts", range(0, 600, 20))
+    with av.open(str(tmp_path / "clip.ts")) as file:
+        assert file.streams.video[0].average_rate > 250
+    with opened(str(tmp_path / "clip.ts")) as video:
+        assert video.rate == pytest.approx(30) and video.duration == pytest.approx(1)
+
+
+def test_a_stream_without_timestamps_is_bad(tmp_path):
+    with av.open(str(tmp_path / "raw.h264"), "w") as file:
+        stream = file.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for n in range(30):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture(n)).reformat(format="yuv420p")))
+        file.mux(stream.encode())
+    assert read_somehow(tmp_path / "raw.h264") == "no duration"
+
+
+def test_measuring_is_bounded(tmp_path, monkeypatch):
+    record(tmp_path / "live.mkv", range(0, 600, 20), Fraction(1, 600))
+    assert read_somehow(tmp_path / "live.mkv") is None
+    monkeypatch.setattr("clips.decode.BYTE_LIMIT", 1000)
+    assert read_somehow(tmp_path / "live.mkv") == "too large"
+
+
+@pytest.mark.parametrize("codec, ending, pix_fmt", [
+    ("libvpx", "webm", "yuva420p"), ("libvpx-vp9", "webm", "yuva420p"), ("gif", "gif", "pal8"),
+    ("prores_ks", "mov", "yuva444p10le"), ("png", "mov", "rgba"), ("qtrle", "mov", "argb"),
+])
+def test_clips_with_alpha_lie_on_white(tmp_path, codec, ending, pix_fmt):
+    """A gray square that is transparent on its left, at the beginning and after a seek."""
+    with av.open(str(tmp_path / f"clip.{ending}"), "w") as file:
+        stream = file.add_stream(codec, rate=10, options={"auto-alt-ref": "0", "g": "5"} if ending == "webm" else {})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pix_fmt
+        for _ in range(20):
+            if pix_fmt == "pal8":
+                palette = np.zeros((256, 4), np.uint8)
+                palette[:2] = (0, 90, 90, 90), (255, 90, 90, 90)
+                frame = av.VideoFrame.from_ndarray((np.repeat([[0, 1]], 32, 1).repeat(64, 0).astype(np.uint8), palette),
+                                                   format="pal8")
+            else:
+                a = np.full((64, 64, 4), (90, 90, 90, 255), np.uint8)
+                a[:, :32, 3] = 0
+                frame = av.VideoFrame.from_ndarray(a, format="rgba").reformat(format=pix_fmt)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    with opened(str(tmp_path / f"clip.{ending}")) as video:
+        for times in ([0.0, 0.5], [1.5], [0.7]):
+            for frame in frames_at(video, times):
+                pixels = fit_frame(frame, video.aspect, 64, 64, View())
+                assert (pixels[:, 4:-4, 4:28] > 250).all() and (pixels[:, 4:-4, 36:-4].int() - 90).abs().max() < 6
+
+
 def test_usable_fps():
     """f <= 1.01 x the rate, and (T - 1) / f < the duration."""
     assert usable_fps(29.97, 20, 16) == [1, 2, 4, 8, 15, 30]
@@ -166,7 +245,7 @@ def test_the_ending_of_a_name_decides_nothing(tmp_path, good):
 @pytest.mark.parametrize("box, at, harmless", [
     (b"stsd", 44, True),  # width and height of 65,535, but the stream has its own
     (b"stts", 8, False),  # four billion entries
-    (b"mdhd", 20, False),  # a duration of three days
+    (b"mdhd", 20, True),  # a duration of three days, and so no rate: the packets tell
     (b"stsz", 12, False),  # four billion samples
 ])
 def test_absurd_declarations(tmp_path, box, at, harmless):
