@@ -125,7 +125,7 @@ def require_current(cfg: Config):
     if is_stale(changes):
         moved = [f" --{source} {path}" for source, path in lists.items() if path != clips.lists[source]]
         raise ValueError(f"{cfg.encoded} was encoded from other data: {described(changes)}; run "
-                         f"`python -m clips.encode {cfg.encoded} --ckpt MODEL --update{''.join(moved)}`, or remove the folder")
+                         f"`python -m clips.encode {cfg.encoded} --ckpt MODEL --update{''.join(moved)}`, or remove it")
     if away or changes is None or changes["absent"]:
         why = f"{', '.join(away)} cannot be found" if away else described(changes)
         warn(f"{cfg.encoded} is used as it is, changes of its data cannot be noticed: {why}")
