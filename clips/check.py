@@ -24,7 +24,7 @@ from clips.samples import SOURCES, Spec, offered_fps
 def check(source: str, path: str, spec: Spec):
     """Print how many files of a list cannot be used and why, and write a line about each of them beside the list."""
     items, reasons, seen = Items(source, path), Counter(), {}
-    out = os.path.join(items.folder, os.path.basename(path.rstrip("/")) + ".check.jsonl")
+    out = os.path.join(items.folder, os.path.basename(os.path.abspath(path)) + ".check.jsonl")
     with (beside(out) as part, open(part, "w", encoding="utf-8") as file,
           in_threads(lambda i: check_item(items, i, spec), range(len(items))) as results):
         for i, found in enumerate(tqdm(results, "check", len(items), unit="item")):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from cli import beside, check_writable, one_line, option, parse, run, write_text
+from cli import beside, check_writable, one_line, option, parse, run
 from clips.decode import Bad, frames_at, opened
 from clips.jobs import appending, in_threads
 from clips.lists import Items
@@ -36,7 +36,7 @@ BATCH = 16  # clips scored together
 
 def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int):
     """Score the clips of a list by `count` frames each, and write a list of the best: `keep` is their share of all."""
-    items, stem = Items("video", path), path.rstrip("/")
+    items, stem = Items("video", path), os.path.abspath(path)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the others
@@ -143,9 +143,7 @@ def write_filtered(items: Items, stem: str, scores: dict[int, dict], keep: float
 
     name = os.path.splitext(os.path.basename(stem))[0] + ".filtered" + (".csv" if items.csv else ".jsonl")
     out = os.path.join(items.folder, name)  # where relative paths resolve as before
-    lines = [items.records[0]] if items.csv else []
-    lines += [items.record(i) for i in sorted(kept)]
-    write_text(out, "".join(line.rstrip("\r\n") + "\n" for line in lines))
+    write_list(out, items, sorted(kept))
 
     counts, edges = np.histogram([scores[i]["score"] for i in ranked], 20)
     marked = np.searchsorted(edges[1:-1], threshold, side="right")  # the bin of the threshold
@@ -159,6 +157,14 @@ def write_filtered(items: Items, stem: str, scores: dict[int, dict], keep: float
     print(f"the best, those at the threshold, and the worst: {stem}.sheet.png")
     for reason, n in Counter(line["bad"] for line in scores.values() if "bad" in line).most_common():
         print(f"{n:8d} not scored: {reason}")
+
+
+def write_list(path: str, items: Items, kept: list[int]):
+    """Write a list of some items of another, each as it stands there, with its line end."""
+    lines = [items.records[0]] if items.csv else []
+    lines += [items.record(i) for i in kept]
+    with beside(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        file.writelines(line if line.endswith(("\r", "\n")) else line + "\n" for line in lines)
 
 
 def write_sheet(path: str, items: Items, chosen: list[int], scores: dict[int, dict], count: int, side=128):

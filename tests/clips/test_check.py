@@ -41,6 +41,22 @@ def test_check_of_images(world, tmp_path, run):
     assert str(folder / "broken.jpg") in (tmp_path / "labels" / "labels.check.jsonl").read_text()
 
 
+def test_check_counts_what_is_no_text_or_no_data(tmp_path, run):
+    write_clip(tmp_path / "a.mp4", range(0, 1200, 20))
+    for name, text in (("a", b"a man\x92s hat"), ("._a", b"\0\5\x16\7")):
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    (tmp_path / "._a.mp4").write_bytes(b"\0\5\x16\7")
+    rows = [b"path,caption", b"a.mp4,a dog", b'a.mp4,"a\r\nc\xe9t"', b"a.mp4,a, b", b"a.mp4\0,b"]
+    (tmp_path / "list.csv").write_bytes(b"\r\n".join(rows))
+    for source, says in ((tmp_path, ["1 items, 0 files that can be used, 1", "1  its caption is not text in UTF-8"]),
+                         (tmp_path / "list.csv", ["4 items, 1 files that can be used, 3", "2  not text in UTF-8",
+                                                  "1  more or fewer columns than the header"])):
+        done = run("clips.check", source)
+        assert done.returncode == 0 and all(text in done.stdout for text in says), done.stdout + done.stderr
+    lines = map(json.loads, (tmp_path / "list.csv.check.jsonl").read_text().splitlines())
+    assert [line["path"] for line in lines] == [f"{tmp_path}/list.csv, line {n}" for n in (3, 5, 6)]
+
+
 def test_a_place_that_cannot_be_written_is_told(tmp_path, run):
     (tmp_path / "list.jsonl").write_text('{"path": "a.png", "caption": "one"}\n')
     (tmp_path / "list.jsonl.check.jsonl.part").mkdir()

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 
 import av
 import numpy as np
@@ -13,10 +13,14 @@ import open_clip
 import pytest
 import torch
 from conftest import ONE_THREAD, script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from clips.filter import clip_filter
+from clips.decode import Bad
+from clips.filter import clip_filter, write_list
+from clips.lists import Items
 
 CLIP = "ViT-S-32-alt"  # one of open_clip's smallest; its weights are random here
 
@@ -88,6 +92,29 @@ def test_filter_keeps_the_best_by_equation_5(videos, clip_weights, once):
     assert "2 of 10 clips kept" in said and "#" in said and "1 not scored: missing" in said
     assert said.count("kept from here on") == 1
     assert Image.open(videos.parent / "videos.csv.sheet.png").size[0] == 3 * 128
+
+
+ROWS = st.lists(st.sampled_from([b"a.mp4,a dog", b'a.mp4,"a\r\ndog, ""x""\n"', b'a.mp4,5" pizza', b"a.mp4,b,c",
+                                 b"a.mp4,\x92", "a.mp4,猫 é\u2028".encode()]), min_size=1, max_size=6)
+ENDS, MARKS = st.sampled_from([b"\n", b"\r\n", b"\r"]), st.sampled_from([b"", b"\xef\xbb\xbf"])
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ROWS, ENDS, st.booleans(), MARKS, st.data())
+def test_a_filtered_list_holds_the_very_records(tmp_path, rows, end, ended, mark, data):
+    """Whatever their quotes and line ends."""
+    rows = [b"a.mp4,first", *rows]
+    (tmp_path / "list.csv").write_bytes(mark + end.join([b"path,caption", *rows]) + end * ended)
+    items, good = Items("video", str(tmp_path / "list.csv")), {}
+    for i in range(len(items)):
+        with suppress(Bad):
+            good[i] = items[i].captions
+    kept = sorted(data.draw(st.sets(st.sampled_from(sorted(good)), min_size=1)))
+    write_list(str(tmp_path / "list.filtered.csv"), items, kept)
+    written = (tmp_path / "list.filtered.csv").read_bytes()
+    assert written.rstrip(b"\r\n") == end.join([b"path,caption", *(rows[i] for i in kept)])
+    again = Items("video", str(tmp_path / "list.filtered.csv"))
+    assert [again[n].captions for n in range(len(again))] == [good[i] for i in kept]
 
 
 def test_an_interrupted_filter_goes_on(videos, filtered):
