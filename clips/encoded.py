@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from cli import check, one_line, read_json
 from clips.changes import compared, made_from
 from clips.decode import Bad
-from clips.lists import Items, Records
+from clips.lists import Items, Records, is_text
 from clips.samples import SOURCES, Sample, Spec
 
 LINE_START = re.compile(rb'^\{"shard": "([\w+-]+\.safetensors)", "source": "(video|label|caption)", '
@@ -133,7 +133,7 @@ def is_line(line) -> bool:
     if "bad" in line:
         return isinstance(line["bad"], str)
     return (all(type(line.get(name)) is kind for name, kind in FIELDS.items()) and line["row"] >= 0
-            and re.fullmatch(r"[\w+-]+\.safetensors", line["shard"]) is not None
+            and is_text(line["caption"]) and re.fullmatch(r"[\w+-]+\.safetensors", line["shard"]) is not None
             and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in line["skipped"]))
 
 

@@ -1,12 +1,16 @@
 """Encoding ahead, as a function and as a command."""
 
+import json
 import os
+import resource
 import shutil
 from dataclasses import replace
+from glob import glob
 
 import pytest
 from conftest import SPEC
 
+import cli
 import sd
 from clips.encode import encode
 from clips.jobs import appending
@@ -51,6 +55,41 @@ def test_two_processes_do_not_write_one_folder(encoded, lists, micro, tmp_path, 
     with pytest.raises(ValueError, match="clips is there already"):
         encode(model, lists, str(out), SPEC)
     assert (left / "index.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("size, what", [(700, "caption-000000.safetensors"), (4000, "index.jsonl")])
+def test_a_full_disk_is_told_and_the_same_command_goes_on(lists, world, micro, tmp_path, size, what):
+    """Rehearsed with the limit of a file's size, which fails in the same places."""
+    out, fresh, model, spec = str(tmp_path / "out"), str(tmp_path / "fresh"), sd.load(micro), SPEC
+    lines = [json.loads(line) for line in open(lists["caption"], encoding="utf-8")]
+    lines = [{**line, "path": os.path.join(world, line["path"])} for line in lines] + [lines[0]] * 40  # those are missing
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lists = {"caption": str(tmp_path / "list.jsonl")}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        with pytest.raises(OSError, match=f"{out}.part/{what} cannot be written: .*File too large") as told:
+            encode(model, lists, out, spec)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(told.value) and not os.path.exists(out) and not glob(f"{out}.part/*.part")
+    encode(model, lists, out, spec)
+    encode(model, lists, fresh, spec)
+    for name in os.listdir(fresh):
+        with open(os.path.join(fresh, name), "rb") as one, open(os.path.join(out, name), "rb") as two:
+            assert one.read() == two.read(), name
+
+
+def test_what_is_encoded_can_be_read_by_whom_the_umask_lets(encoded):
+    modes = {os.stat(os.path.join(encoded, name)).st_mode & 0o777 for name in os.listdir(encoded)}
+    assert modes == {0o666 & ~cli.UMASK}
+
+
+def test_a_damaged_interrupted_encoding_is_told(encoded, lists, micro, tmp_path):
+    shutil.copytree(encoded, tmp_path / "clips.part")
+    (tmp_path / "clips.part" / "index.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="clips.part/index.jsonl is damaged: remove"):
+        encode(sd.load(micro), lists, str(tmp_path / "clips"), SPEC)
 
 
 def test_encode_refuses_torchrun(run, lists, micro, tmp_path, monkeypatch):
