@@ -1,6 +1,7 @@
-"""The ablations of the paper run again in small: Table 2, Figure 7, the FPS embedding, and a gate that the paper lacks.
+"""Small models that differ in one thing each, trained from one text-to-image model, and compared.
 
-    python -m lab.ablation
+    python -m lab.ablation paper      # Table 2, Figure 7, the FPS embedding, and a gate that the paper lacks
+    python -m lab.ablation ways       # Figure 2: which way to see time learns soonest
 
 Trains what has no line in the file of results yet, prints the tables, and draws the figure.
 """
@@ -9,27 +10,31 @@ import importlib.util
 from dataclasses import dataclass
 
 from cli import check_writable, option, parse, run
-from lab.ablation.report import draw_figure, tables
-from lab.ablation.runs import ablate, read_results, score
+from lab.ablation import report, ways
+from lab.ablation.runs import STUDIES, ablate, read_results
+
+FILES = {"paper": "docs/ablation", "ways": "docs/ways"}
 
 
 @dataclass
 class Options:
-    results: str = option("docs/ablation.jsonl", "one line a run, appended to", metavar="FILE")
-    figure: str = option("docs/ablation.png", "the figure", metavar="FILE.png")
+    study: str = option("paper", "what is compared", choices=tuple(STUDIES), positional=True)
+    results: str = option("", "one line a run, appended to (default: in docs/)", metavar="FILE")
+    figure: str = option("", "the figure (default: in docs/)", metavar="FILE.png")
 
 
 def main():
     o = parse(Options, __doc__)
     if not importlib.util.find_spec("matplotlib"):
         raise ValueError('the figure needs matplotlib: pip install -e ".[dev]"')
-    for path in (o.results, o.figure):  # now, not after hours
+    results, figure = o.results or FILES[o.study] + ".jsonl", o.figure or FILES[o.study] + ".png"
+    for path in (results, figure):  # now, not after hours
         check_writable(path)
-    ablate(o.results, score)
-    results = read_results(o.results)
-    print("\n".join(tables(results)))
-    draw_figure(results, o.figure)
-    print(o.figure)
+    ablate(STUDIES[o.study], results)
+    shown, lines = (report, ways)[o.study == "ways"], read_results(results)
+    print("\n".join(shown.tables(lines)))
+    shown.draw_figure(lines, figure)
+    print(figure)
 
 
 if __name__ == "__main__":

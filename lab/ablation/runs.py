@@ -1,9 +1,8 @@
 """The runs of the ablations: what is compared, how each variant is trained, and what is noted of it.
 
-As the paper's models all start from Stable Diffusion, all runs here start from one tiny text-to-image model. It knows
-shapes, colours and backgrounds, draws sheets of nine equal pictures, and has seen neither motion nor an embedding of
-ETC's. Each run is trained and graded in about six minutes on one core, as many at a time as there are cores, and leaves
-a line in the file of results; what has its line there is not run again.
+As the paper's models all start from Stable Diffusion, all runs of a study start from one tiny text-to-image model. It
+knows shapes, colours and backgrounds, and has seen neither motion nor an embedding of ETC's. As many run at a time as
+there are cores, and each leaves a line in the file of results; what has its line there is not run again.
 """
 
 import json
@@ -11,6 +10,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from torch import nn
 import sd
 from cli import ROOT
 from clips.samples import CAPTION_FPS
-from data import generator
+from data import generator, start_method
 from embed import mixed_embedding
 from grid import fold
 from lab import toy
@@ -31,6 +31,7 @@ from lab.evals.toy import ANSWERS, grade_fps, grade_prompts, trajectory_distance
 from model import UNet
 from sample import Request
 from sd.device import precision
+from sd.settings import LAYOUTS
 from sd.vae import encode_frames
 from train import VALIDATION_TIMESTEPS, Denoising, UNetTask, in_precision, run
 from training.checkpoints import claimed
@@ -54,10 +55,11 @@ class Variant:
     gate: bool = False  # the mixed embedding behind a learned gate
     triple_data: bool = True  # else videos alone
     videos: int = 0  # only the first so many; 0 for all
+    layout: str = "grid"
 
 
 SIZES = (9, 27, 81, 243)  # and all 864, which "mixed embedding" has
-VARIANTS = [
+VARIANTS = (
     Variant("neither", mixed_embedding=False, triple_data=False),
     Variant("triple data", mixed_embedding=False),
     Variant("mixed embedding", triple_data=False),
@@ -65,14 +67,18 @@ VARIANTS = [
     Variant("both, no FPS embedding", fps_embedding=False),
     Variant("both, gated", gate=True),
     *(Variant(f"{n} videos", triple_data=False, videos=n) for n in SIZES),
-]
+)
+WAYS = (
+    *(Variant(name, triple_data=False, layout=name) for name in LAYOUTS),
+    Variant("grid, gated", triple_data=False, gate=True),
+)
 
 
 class GatedUNet(UNet):
     """A UNet with a learned gate per channel on the mixed embedding: zero at first, so it starts as the image model."""
 
-    def __init__(self, cfg):
-        super().__init__(replace(cfg, mixed_embedding=False))
+    def __init__(self, cfg, layout=None):
+        super().__init__(replace(cfg, mixed_embedding=False), layout)
         self.gate = nn.Parameter(torch.zeros(cfg.latent_channels, 1, 1))
 
     def forward(self, x, t, context, fps=None, grid=None):
@@ -84,7 +90,7 @@ class GatedUNet(UNet):
 def video_unet(variant: Variant, image: UNet) -> UNet:
     """The image model's UNet and, freshly initialised, what a variant adds to it."""
     cfg = replace(image.cfg, mixed_embedding=variant.mixed_embedding, fps_embedding=variant.fps_embedding)
-    unet = GatedUNet(cfg) if variant.gate else UNet(cfg)
+    unet = (GatedUNet if variant.gate else UNet)(cfg, image.layout)
     unet.load_state_dict(unet.state_dict() | image.state_dict())
     return unet
 
@@ -98,17 +104,21 @@ def image_unet(shipped: UNet) -> UNet:
 # Training, as train.py does
 
 
-def train(cfg: Config, make_unet, variant=Variant("")) -> "ProbedTask":
-    """Train a run to its end; make_unet turns the UNet of the checkpoint that it starts from into its own."""
+def train(cfg: Config, make_unet, variant=Variant(""), curve=(), graded=False) -> "ProbedTask":
+    """Train a run to its end; make_unet turns the UNet of the checkpoint that it starts from into its own.
+
+    curve   steps before which to look at the model
+    graded  whether to draw the held-out prompts then, too
+    """
     with Ranks(cfg.timeout) as ranks, claimed(cfg, ranks):
-        cfg = in_precision(cfg, ranks)
+        cfg = in_precision(replace(cfg, layout=variant.layout), ranks)
         torch.manual_seed(cfg.seed)
         model = make_model(cfg)
         model.unet = make_unet(model.unet)
         lists = make_ready(cfg, model, ranks.device)  # all of the mix, whatever the variant: runs share what is encoded
         if not variant.triple_data:
             cfg = replace(cfg, mix={"video": 1})
-        task = ProbedTask(cfg, model, lists, ranks)
+        task = ProbedTask(curve, graded, cfg, model, lists, ranks)
         if variant.videos:
             task.stream.sizes["video"] = variant.videos
         run(cfg, ranks, task)
@@ -116,19 +126,31 @@ def train(cfg: Config, make_unet, variant=Variant("")) -> "ProbedTask":
 
 
 class ProbedTask(UNetTask):
-    """A UNetTask that notes in `probes` how far the model is before some of the steps."""
+    """A UNetTask that looks at the model before some of the steps."""
 
-    STEPS = (0, 50, 500)
+    def __init__(self, curve, graded: bool, *given):
+        super().__init__(*given)
+        self.curve, self.graded, self.probes = curve, graded, {}  # step -> what was seen
 
     def begin(self, first: int, last: int):
         super().begin(first, last)
-        self.step, self.probes = first, {}
+        self.step, self.began = first, time.monotonic()
 
     def batch(self):
-        if self.step in self.STEPS:
-            self.probes[self.step] = probe(self.cfg, self.model)
+        if self.step in self.curve:
+            self.probe()
         self.step += 1
         return super().batch()
+
+    def probe(self):
+        """Note what the model is like now, and the seconds of training until here, without those of looking."""
+        seconds, paused = time.monotonic() - self.began, time.monotonic()
+        self.probes[self.step] = probe(self.cfg, self.model) | {"seconds": round(seconds, 1)}
+        if self.graded:
+            with precision(getattr(torch, self.cfg.dtype), next(self.model.unet.parameters()).device):
+                report = grade_prompts(self.model, "test", 1, Request(steps=25), batch_size=8)
+            self.probes[self.step] |= shares(report)
+        self.began += time.monotonic() - paused
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,50 +198,75 @@ def score(model: sd.Model, fps_values) -> dict:
     request = Request(steps=25)
     report = grade_prompts(model, "test", 1, request, batch_size=24)
     rows = grade_fps(model, "test", fps_values, request, batch_size=24)
-    return {"videos": report.videos, **{name: report.right[name] for name in ANSWERS}, "wrong cuts": report.wrong_cuts,
-            "trajectories": trajectory_distances(report.tracks, "test", 1, model.settings.fps)["model"],
+    distances = trajectory_distances(report.tracks, "test", 1, model.settings.fps)
+    return {**shares(report), "trajectories": distances["model"],
             "px a frame": {fps: row[0] if row else math.nan for fps, row in rows.items()}}
+
+
+def shares(report) -> dict:
+    """How many videos of a report there are, are right in what, and are cut wrongly."""
+    return {"videos": report.videos, **{name: report.right[name] for name in ANSWERS}, "wrong cuts": report.wrong_cuts}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of it
 
-BASE = ("image", "compare", "sheets")  # configs, each of which goes on from the one before
+@dataclass(frozen=True)
+class Study:
+    """Variants that are compared, and what their runs have in common.
+
+    base   configs of the text-to-image model, each of which goes on from the one before
+    run    config of a run
+    curve  steps before which a run is looked at; after the last it always is
+    score  (model, FPS values) -> dict of what to note at the end, a module's function, as it goes to other processes;
+           None: held-out prompts are drawn and graded at every step of the curve
+    """
+
+    variants: tuple[Variant, ...]
+    base: tuple[str, ...]
+    run: str
+    curve: tuple[int, ...]
+    score: Callable | None = None
 
 
-def prepare_runs() -> Config:
+STUDIES = {
+    "paper": Study(VARIANTS, ("image", "compare", "sheets"), "run", (0, 50, 500), score),
+    "ways": Study(WAYS, ("image",), "ways", (0, 125, 250, 500, 1000, 1500, 2000, 2500)),
+}
+
+
+def prepare_runs(study: Study) -> Config:
     """Make what all runs share and is not there yet, the text-to-image model and the encoded clips -> their config."""
-    for name in BASE:
+    for n, name in enumerate(study.base):
         cfg = read_config([os.path.join(CONFIGS, name + ".py")])
         if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
-            train(cfg, image_unet if name == BASE[0] else lambda unet: unet)
-    cfg = read_config([os.path.join(CONFIGS, "run.py")])
+            train(cfg, (lambda unet: unet) if n else image_unet)
+    cfg = read_config([os.path.join(CONFIGS, study.run + ".py")])
     with Ranks(cfg.timeout) as ranks:
         make_ready(cfg, make_model(cfg), ranks.device)
     return cfg
 
 
-def ablate(results: str, score):
-    """Run every variant with every seed that has no line in the file of results yet.
+def ablate(study: Study, results: str):
+    """Run every variant of a study with every seed that has no line in the file of results yet.
 
     As many run at a time as there are cores, each on one: a run gains little from a second core.
-
-    score  (model, FPS values) -> dict of what to note of it; goes to other processes, so it must be a module's function
     """
     done = [(result["variant"], result["seed"]) for result in read_results(results)]
-    todo = [(variant, seed) for seed in range(SEEDS) for variant in VARIANTS if (variant.name, seed) not in done]
+    todo = [(variant, seed) for seed in range(SEEDS) for variant in study.variants if (variant.name, seed) not in done]
     if not todo:
         return
-    cfg = prepare_runs()
+    cfg = prepare_runs(study)
     cores = torch.get_num_threads()
     workers = 1 if torch.cuda.is_available() else cores
     print(f"runs: {len(todo)}, {workers} at a time; what they say goes to {cfg.out_dir}/*/log", flush=True)
-    context = get_context("forkserver")  # a fork of this process could neither use a GPU nor all of torch
-    context.set_forkserver_preload([__name__])
+    context = get_context(start_method())  # a fork of this process could neither use a GPU nor all of torch
+    context.set_forkserver_preload([__name__])  # where there is no such server, nothing reads it
     with (Ranks(cfg.timeout) as ranks, claimed(cfg, ranks),
           ProcessPoolExecutor(workers, context, torch.set_num_threads, (cores // workers,)) as pool):
         try:
-            for n, future in enumerate(as_completed([pool.submit(one_run, cfg, *it, score) for it in todo]), 1):
+            futures = [pool.submit(one_run, cfg, study, *it) for it in todo]
+            for n, future in enumerate(as_completed(futures), 1):
                 result = future.result()
                 with open(results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
@@ -230,7 +277,7 @@ def ablate(results: str, score):
             raise
 
 
-def one_run(cfg: Config, variant: Variant, seed: int, score) -> dict:
+def one_run(cfg: Config, study: Study, variant: Variant, seed: int) -> dict:
     """Train and grade a variant -> its line of results."""
     cfg = replace(cfg, seed=seed, out_dir=os.path.join(cfg.out_dir, f"{variant.name} {seed}"))
     shutil.rmtree(cfg.out_dir, ignore_errors=True)  # of a run that was interrupted: its probes are not in a checkpoint
@@ -238,17 +285,17 @@ def one_run(cfg: Config, variant: Variant, seed: int, score) -> dict:
     began = time.time()
     path = os.path.join(cfg.out_dir, "log")
     with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        task = train(cfg, lambda unet: video_unet(variant, unet), variant)
+        task = train(cfg, lambda unet: video_unet(variant, unet), variant, study.curve, study.score is None)
         cfg, model = task.cfg, task.model
-        last = probe(cfg, model)
-        worth = worth_of_direction(cfg, model, last["video"])
+        task.probe()
+        worth = worth_of_direction(cfg, model, task.probes[cfg.max_steps]["video"])
         trained = time.time()
         with precision(getattr(torch, cfg.dtype), next(model.unet.parameters()).device):
-            scores = score(model, cfg.fps_values)
+            scores = study.score(model, cfg.fps_values) if study.score else {}
     shutil.rmtree(cfg.out_dir)
     return {"variant": variant.name, "seed": seed, "steps": cfg.max_steps, "dtype": cfg.dtype, **scores,
-            "worth of direction": worth, "loss": task.probes | {cfg.max_steps: last},
-            "train_s": round(trained - began), "score_s": round(time.time() - trained), "commit": commit()}
+            "worth of direction": worth, "loss": task.probes, "train_s": round(trained - began),
+            "score_s": round(time.time() - trained), "commit": commit()}
 
 
 def read_results(path: str) -> list[dict]:
