@@ -21,6 +21,8 @@ from torch import nn
 from cli import beside, warn
 from layers.basic import initialize, zero
 from sd.files import Weights
+from sd.lora import merge_lora
+from sd.motion import add_motion
 from sd.names import SD1_TEXT, file_name, text_parameters
 from sd.presets import ModelConfig
 from sd.settings import Model, build, make_layout
@@ -71,7 +73,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: str, metadata: dict[st
 
 
 def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = None, ema: bool = False,
-         layout: str | None = None) -> Model:
+         layout: str | None = None, layout_options: dict | None = None, motion: str | None = None, lora=()) -> Model:
     """A Stable Diffusion 1.x or 2.x, or one of our own models, in evaluation mode.
 
     path        a file (.safetensors, .ckpt), a diffusers folder, or a Hugging Face repository "owner/name"
@@ -79,6 +81,9 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
     ema         of a training checkpoint, take the UNet's moving average (model_ema.*) rather than its last weights
     layout      how the tokens of a clip meet, one of sd.settings.LAYOUTS; None: what the file says, and "grid" if it
                 does not
+    layout_options  of that layout, the others as the file says or by default
+    motion      AnimateDiff's motion modules: a file, a diffusers folder or a repository. The layout is then "temporal"
+    lora        (file, scale) pairs that are added to the weights
 
     What comes without ETC's tensors gets fresh ones, which change nothing until they are trained. On the CPU, weights
     that have the wanted dtype already stay in the file, mapped into memory. Raises ValueError when the files do not
@@ -94,13 +99,20 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
         source.settings = replace(source.settings, prediction=prediction)
     elif not source.says_prediction:
         warn(f'{path} does not say what it predicts: "epsilon" is assumed; SD 2 at 768 pixels wants "v"')
+    if motion and (layout not in (None, "temporal") or layout_options):
+        raise ValueError("motion modules make the layout 'temporal' and bring its options: no others can be chosen")
     if layout and layout != source.settings.layout:
         source.settings = replace(source.settings, layout=layout, layout_options={})
-        source.fresh += ("layout.",)
-    return assemble(source, device, dtype)
+        source.fresh += () if motion else ("layout.",)
+    if layout_options:
+        source.settings = replace(source.settings, layout_options=source.settings.layout_options | layout_options)
+    model = assemble(source, device, dtype, motion)
+    for file, scale in lora:
+        merge_lora(model, file, scale)
+    return model
 
 
-def assemble(source: Source, device, dtype) -> Model:
+def assemble(source: Source, device, dtype, motion: str | None = None) -> Model:
     """Build the networks without memory, then give them their tensors: each one in the files must find its place."""
     weights, what, pieces = source.weights, source.weights.what, source.names
     configs = {}
@@ -110,6 +122,8 @@ def assemble(source: Source, device, dtype) -> Model:
     if not configs["unet"].fps_embedding and "fps_embedding" not in source.told["unet"]:
         configs["unet"] = replace(configs["unet"], fps_embedding=True)
         source.fresh += ("time_proj.", "fps_proj.")
+    if motion:
+        add_motion(source, configs["unet"], motion)
     try:
         with torch.device("meta"):
             model = build(ModelConfig(**configs), source.settings)
