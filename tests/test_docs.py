@@ -50,6 +50,8 @@ def check_command(words: list[str]):
     name, *arguments = rest[rest[0] == "-m" :]
     if name == "pytest":
         check_pytest(arguments)
+    elif name.startswith("tests/"):
+        assert (ROOT / name).is_file()
     elif name == "train.py":
         read_config([word for word in arguments if word != "--help"] or ["configs/tiny.py"])
     else:
