@@ -14,6 +14,8 @@ from PIL import Image, PngImagePlugin
 from cli import beside
 from grid import largest_factor
 
+BT709, LIMITED = 1, 1  # color space, and range of its numbers, as libav and files number them
+
 
 def write_video(path: str, video: np.ndarray, fps: float, metadata: dict):
     """Write uint8 frames (T, H, W, 3) as .mp4, .gif or .png, with the metadata as a JSON comment.
@@ -25,7 +27,8 @@ def write_video(path: str, video: np.ndarray, fps: float, metadata: dict):
         raise ValueError(f"the name of a video must end in {', '.join(WRITERS)}, got {path}")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with beside(path) as part:
-        WRITERS[kind](part, video, fps, json.dumps(metadata, ensure_ascii=False))
+        comment = json.dumps(metadata, ensure_ascii=False)
+        WRITERS[kind](part, video, fps, comment.encode(errors="backslashreplace").decode())  # no UTF-8 has a surrogate
 
 
 def write_mp4(path, video, fps, comment):
@@ -34,9 +37,14 @@ def write_mp4(path, video, fps, comment):
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         height, width = video.shape[1:3]
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        # players take a large video that does not tell its colors for BT.709, a small one for BT.601
+        color = stream.codec_context
+        color.color_range = LIMITED
+        color.colorspace = color.color_primaries = color.color_trc = BT709
         for frame in video:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p has even sides
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            file.mux(stream.encode(frame.reformat(None, None, "yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)))
         file.mux(stream.encode())
 
 
@@ -88,9 +96,9 @@ def claim_paths(out: str, videos: list[tuple[str, int]], still: bool) -> list[st
 
     Raises ValueError or OSError when a file is there already or cannot be written.
     """
-    stem, kind = os.path.splitext(out)
+    stem, kind = (out, "") if os.path.isdir(out) else os.path.splitext(out)
     if kind and kind.lower() not in WRITERS:
-        raise ValueError(f"out must be a folder, or end in {', '.join(WRITERS)}, got {out!r}")
+        raise ValueError(f"out must end in {', '.join(WRITERS)}, or in / where a folder has a dot, got {out!r}")
     digits = max(3, len(str(len(videos) - 1)))  # sorted by name, files are in the order of the prompts
     claimed = []
     try:
@@ -98,7 +106,8 @@ def claim_paths(out: str, videos: list[tuple[str, int]], still: bool) -> list[st
             if kind:
                 names = [out if len(videos) == 1 else f"{stem}-{n:0{digits}d}{kind}"]
             else:
-                slug = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "video"
+                slug = re.sub(r"\W+", "-", prompt.lower())[:60].encode()[:100].decode(errors="ignore")
+                slug = slug.strip("-") or "video"  # with all that follows under 143 bytes, the least of limits
                 names = numbered(os.path.join(out, f"{slug}-seed{seed}"), ".png" if still else ".mp4")
             path = next(filter(claim, names), None)
             if not path:

@@ -1,16 +1,21 @@
 """Videos, animations and contact sheets that are written."""
 
 import json
+import os
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from clips.write import contact_sheet, playback_fps, write_video
+from clips.decode import frames_at, opened
+from clips.pictures import View, fit_frame
+from clips.write import claim_paths, contact_sheet, playback_fps, release, write_video
 
 
-@pytest.mark.parametrize("fps", [4, 8, 29.97, 60])
+@pytest.mark.parametrize("fps", [0.5, 4, 8, 29.97, 60, 120])
 def test_mp4_decodes_with_its_rate_and_metadata(tmp_path, fps):
     video = np.zeros((6, 33, 47, 3), np.uint8)  # odd sides
     video[:, :, :, 0] = np.arange(6)[:, None, None] * 40
@@ -52,3 +57,102 @@ def test_contact_sheet_reads_left_to_right():
 
 def test_playback():
     assert [playback_fps(f) for f in (0, 1, 8, 29.97, 60, 120)] == [8, 1, 8, 29.97, 60, 8]
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (720, 1280)])
+@pytest.mark.parametrize("color", [(200, 30, 30), (30, 200, 30), (30, 30, 200), (255, 255, 255), (90, 160, 220)])
+def test_colors_play_as_they_are_at_every_size(tmp_path, height, width, color):
+    """By BT.709, which the file says: by its formula from the planes, by libav and by our own reader."""
+    path = str(tmp_path / "flat.mp4")
+    write_video(path, np.full((2, height, width, 3), color, np.uint8), 8, {})
+    with av.open(path) as file:
+        context = file.streams.video[0].codec_context
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+        frame = next(file.decode(video=0))
+        planes = frame.to_ndarray()  # Y, then U and V of a quarter of its size
+        seen = frame.to_ndarray(format="rgb24")[height // 2, width // 2]
+    y, u, v = planes[height // 2, 0], planes[height + 4].min(), planes[-4].max()
+    y, u, v = (float(y) - 16) / 219, (float(u) - 128) / 224, (float(v) - 128) / 224
+    formula = 255 * np.array([y + 1.5748 * v, y - 0.1873 * u - 0.4681 * v, y + 1.8556 * u])
+    with opened(path) as video:
+        ours = fit_frame(frames_at(video, [0.1])[0], video.aspect, 64, 64, View())[:, 32, 32].numpy()
+    for read, levels in ((formula, 2), (seen, 3), (ours, 4)):  # libav rounds downwards, and more so when it resizes
+        assert np.abs(read - np.array(color, float)).max() <= levels
+    assert b"colr" in (tmp_path / "flat.mp4").read_bytes()  # for players that read the container alone
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
+def test_any_prompt_can_be_told(tmp_path, ending):
+    """Bytes of a command line that are no text come as surrogates, which no UTF-8 can hold."""
+    told = {"prompt": os.fsdecode(b"a caf\xe9 \0 \"quoted\"\n") + "日本 😀 " + "long " * 500}
+    path = str(tmp_path / f"v.{ending}")
+    write_video(path, np.zeros((2, 16, 16, 3), np.uint8), 8, told)
+    if ending == "mp4":
+        with av.open(path) as file:
+            comment = file.metadata["comment"]
+    else:
+        with Image.open(path) as image:
+            comment = image.info["comment"]
+    assert json.loads(comment) == told
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, ending):
+    video, old = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), np.uint8), tmp_path / f"v.{ending}"
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old.write_text("as it was")
+    for size in (0, 1000, 5000):
+        path, = claim_paths(str(tmp_path / "new" / f"v.{ending}"), [("", 0)], False)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            for target in (path, str(old)):
+                with pytest.raises(OSError, match="cannot be written: File too large"):
+                    write_video(target, video, 8, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            release([path])
+    assert os.listdir(tmp_path / "new") == [] and old.read_text() == "as it was" and len(os.listdir(tmp_path)) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=300) | st.text("日本語の𠀀é😀", min_size=50, max_size=300)
+                | st.sampled_from(["con", "NUL", "a.", "b ", "..", "/etc/passwd", "A cat", "a cat", "\udcff"]),
+                min_size=1, max_size=6))
+def test_names_of_any_prompts_can_be_held(tmp_path_factory, prompts):
+    """In the folder, each its own even where case does not count, and short enough for encrypted file systems (143)."""
+    folder = tmp_path_factory.mktemp("names")
+    paths = claim_paths(str(folder), [(prompt, -(2**63)) for prompt in prompts], False)
+    assert len({path.lower() for path in paths}) == len(prompts)
+    for path in paths:
+        name = os.path.basename(path)
+        assert os.path.dirname(path) == str(folder) and len(os.fsencode(name + ".part.try")) <= 143
+        assert name[0] not in ".- " and not set(name) & set('<>:"/\\|?*\0')
+        assert name.split(".")[0].upper() not in ("CON", "NUL", "AUX", "PRN")
+        with open(path, "w"):
+            pass
+    release(paths)
+    assert sorted(os.listdir(folder)) == sorted(map(os.path.basename, paths))
+
+
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
+    (tmp_path / "v1.5").mkdir()
+    (tmp_path / "a.mp4").mkdir()
+    for out in ("v1.5", "v1.5/", "new.v2/", "a.mp4", "plain"):
+        paths = claim_paths(f"{tmp_path}/{out}", [("a cat", 3)], True)
+        assert paths == [f"{tmp_path}/{out.rstrip('/')}/a-cat-seed3.png"]
+        release(paths)
+    for out in ("clip.webp", "v1.6"):
+        with pytest.raises(ValueError, match=r"end in \.mp4, \.gif, \.png, or in / where"):
+            claim_paths(str(tmp_path / out), [("a cat", 3)], True)
+
+
+def test_files_that_are_there_stay(tmp_path):
+    (tmp_path / "a.mp4").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        claim_paths(str(tmp_path / "a.mp4"), [("a cat", 3)], False)
+    assert os.listdir(tmp_path) == ["a.mp4"]
