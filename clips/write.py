@@ -44,7 +44,8 @@ def write_mp4(path, video, fps, comment):
         for frame in video:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p has even sides
             frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            file.mux(stream.encode(frame.reformat(None, None, "yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)))
+            frame = frame.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)
+            file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
 
@@ -98,7 +99,7 @@ def claim_paths(out: str, videos: list[tuple[str, int]], still: bool) -> list[st
     """
     stem, kind = (out, "") if os.path.isdir(out) else os.path.splitext(out)
     if kind and kind.lower() not in WRITERS:
-        raise ValueError(f"out must end in {', '.join(WRITERS)}, or in / where a folder has a dot, got {out!r}")
+        raise ValueError(f"out must be a folder, or end in {', '.join(WRITERS)} (a new folder with a dot: in /), got {out!r}")
     digits = max(3, len(str(len(videos) - 1)))  # sorted by name, files are in the order of the prompts
     claimed = []
     try:
