@@ -54,6 +54,15 @@ def hash64(what) -> int:
     return int.from_bytes(blake2b(repr(what).encode(), digest_size=8).digest(), "big")
 
 
+def hexes(made: np.ndarray) -> str:
+    """Hashes as 16 hexadecimal digits each, which `from_hexes` reads (N, 2)."""
+    return made.astype(">u8").tobytes().hex()
+
+
+def from_hexes(digits: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(digits), ">u8").astype(np.uint64).reshape(-1, 2)
+
+
 def compared(then: np.ndarray, now: np.ndarray) -> Counter:
     """How many items of a list changed, by what they were made from when they were encoded, and by what is there now.
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import sd
 from cli import option, parse, read_size, read_text, run, write_text
-from clips.changes import described, is_stale, made_from
+from clips.changes import described, hexes, is_stale, made_from
 from clips.decode import VIDEO_FPS, Bad
 from clips.encoded import LINE_START, EncodedClips, fingerprint, read_settings
 from clips.jobs import appending, in_threads
@@ -50,14 +50,14 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
     with appending(os.path.join(part, "index.jsonl")) as index:
         if not update:
             require_absent(out)  # another process may have finished it just now
-        old, same = former(out, origin, made) if update else (None, {})
+        old, same = former(out, origin, made) if update else (None, {s: np.zeros(len(made[s]), bool) for s in made})
         done = resume(part, index, origin, made)
         model.vae.to(memory_format=torch.channels_last)  # a third faster on the CPU
         empty = {"context": model.text.encode([""]).to(dtype).cpu()} if text else {}
         write_tensors(empty, os.path.join(part, "empty.safetensors"))
         for items in sources:
-            for name, lines, tensors in shards(model, items, done, spec, text, dtype, made[items.source], old,
-                                               same.get(items.source, np.zeros(len(items), bool))):
+            hashes = made[items.source]
+            for name, lines, tensors in shards(model, items, done, spec, text, dtype, hashes, old, same[items.source]):
                 if tensors is None:
                     link(os.path.join(out, name), os.path.join(part, name))
                 else:
@@ -120,7 +120,7 @@ def resume(part: str, index, origin: dict, made) -> set[tuple[str, int]]:
             if last + 1 < min((n + 1) * SHARD, len(made[others])):
                 break  # the list has grown
         begins.setdefault(shard, at)
-        if not start[4] or item >= len(made[source]) or hexes(made[source][item]) != (start[4] + start[5]).decode():
+        if item >= len(made[source]) or start[4] != hexes(made[source][item]).encode():
             break
         at, last = at + len(line), item
     if not begins:
@@ -130,10 +130,6 @@ def resume(part: str, index, origin: dict, made) -> set[tuple[str, int]]:
         raise ValueError(f"{part} was left by an encoding with other settings: remove it")
     index.truncate(begins.popitem()[1])  # of the last shard lines may be missing: it is encoded again
     return set(begins)
-
-
-def hexes(made: np.ndarray) -> str:
-    return "".join(f"{number:016x}" for number in made.tolist())
 
 
 def former(out: str, origin: dict, made) -> tuple[EncodedClips, dict[str, np.ndarray]]:
@@ -239,9 +235,10 @@ def main():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("encoding is the work of one process: start it with python, not with torchrun")
     lists = {source: getattr(o, source) for source in SOURCES if getattr(o, source)}
-    between = os.path.join(o.out + ".part", FORMER)
-    if not os.path.exists(o.out) and os.path.exists(between):
-        os.rename(between, o.out)  # an update was interrupted between its two renames
+    out = os.path.realpath(o.out)  # a link may lead to a larger disk
+    between = os.path.join(out + ".part", FORMER)
+    if not os.path.exists(out) and os.path.exists(between):
+        os.rename(between, out)  # an update was interrupted between its two renames
     if o.update or os.path.exists(o.out):
         o, lists = options_of_then(o, lists)
     if not lists:
@@ -259,7 +256,7 @@ def main():
     model = sd.load(o.ckpt, pick_device(o.device))
     model.check_size(*o.size, o.frames)
     spec = Spec(o.frames, *o.size, o.fps, o.starts, o.draws, o.random_crop, o.flip, o.seed)
-    encode(model, lists, o.out, spec, text=o.text, dtype=getattr(torch, o.dtype), update=o.update)
+    encode(model, lists, out, spec, text=o.text, dtype=getattr(torch, o.dtype), update=o.update)
 
 
 def options_of_then(o: Options, lists: dict[str, str]) -> tuple[Options, dict[str, str]]:

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cli import check, one_line, read_json
-from clips.changes import compared, made_from
+from clips.changes import compared, from_hexes, made_from
 from clips.decode import Bad
 from clips.lists import Items, Records, is_text
 from clips.samples import SOURCES, Sample, Spec
 
 LINE_START = re.compile(rb'^\{"shard": "([\w+-]+\.safetensors)", "source": "(video|label|caption)", '
-                        rb'"item": (\d{1,15}), (?:"made": "([0-9a-f]{16})([0-9a-f]{16})", )?', re.MULTILINE)
+                        rb'"item": (\d{1,15}), (?:"made": "([0-9a-f]{32})", )?', re.MULTILINE)
 FIELDS = {"shard": str, "path": str, "caption": str, "fps": int, "k": int, "row": int, "skipped": list}  # of a sample
 
 
@@ -113,7 +113,7 @@ class EncodedClips:
         starts = [LINE_START.match(self.records[n][:200].encode()) for n in firsts]
         if not all(start and start[4] for start in starts):
             return None
-        return np.array([(int(start[4], 16), int(start[5], 16)) for start in starts], np.uint64).reshape(-1, 2)
+        return from_hexes(b"".join(start[4] for start in starts).decode())
 
     def changes(self, lists: dict[str, str]) -> Counter | None:
         """How many items of lists, source -> list, changed since they were encoded, see clips/changes.py."""

@@ -66,7 +66,7 @@ EDITS = st.lists(st.tuples(st.sampled_from(["add", "remove", "recaption", "touch
                  min_size=1, max_size=3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(edits=EDITS, text=st.booleans())
 def test_random_edits_are_noticed_and_an_update_equals_a_fresh_encoding(model, tmp_path_factory, edits, text):
     tmp = tmp_path_factory.mktemp("edits")

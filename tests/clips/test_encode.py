@@ -62,7 +62,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(lists, world, micro, t
     """Rehearsed with the limit of a file's size, which fails in the same places."""
     out, fresh, model, spec = str(tmp_path / "out"), str(tmp_path / "fresh"), sd.load(micro), SPEC
     lines = [json.loads(line) for line in open(lists["caption"], encoding="utf-8")]
-    lines = [{**line, "path": os.path.join(world, line["path"])} for line in lines] + [lines[0]] * 40  # those are missing
+    lines = [{**line, "path": os.path.join(world, line["path"])} for line in lines] + [lines[0]] * 40  # missing
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     lists = {"caption": str(tmp_path / "list.jsonl")}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)

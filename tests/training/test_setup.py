@@ -114,7 +114,7 @@ def test_data_that_changed_since_they_were_encoded_are_refused(own_clips):
     assert str(told.value) == (
         f"{cfg.encoded} was encoded from other data: 2 of 3 items changed since they were encoded (1 captions, 1 "
         f"files), 1 are new, 0 are gone; run `python -m clips.encode {cfg.encoded} --ckpt MODEL --update`, or remove "
-        "the folder")
+        "it")
 
 
 def test_a_folder_without_its_clips_is_used_as_it_is(own_clips, capsys):
