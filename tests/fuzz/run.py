@@ -96,8 +96,11 @@ class Worker:
 
 
 def fuzz(jobs: list, workers: int, scratch: str, keep: str):
-    """Judge all jobs (door, seed, n), yield (job, Outcome) as they come, and keep the inputs of faults."""
-    left, pool = list(reversed(jobs)), [Worker(scratch, n) for n in range(min(workers, len(jobs)))]
+    """Judge all jobs (door, seed, n), yield (job, Outcome) as they come, and keep the inputs of faults.
+
+    What hangs is tried once more at the end: the machine may have been busy.
+    """
+    left, again, pool = list(reversed(jobs)), set(), [Worker(scratch, n) for n in range(min(workers, len(jobs)))]
     while busy := [w for w in pool if w.job or not w.ready or left]:
         for worker in busy:
             if worker.ready and not worker.job and left:
@@ -123,14 +126,18 @@ def fuzz(jobs: list, workers: int, scratch: str, keep: str):
                 worker.start()
             else:
                 continue
+            job, worker.job = worker.job, None
+            if outcome.kind == "hang" and job not in again:
+                again.add(job)
+                left.insert(0, job)
+                continue
             if outcome.fault:
-                kept = os.path.join(keep, "-".join(map(str, worker.job)).replace(" ", "_"))
+                kept = os.path.join(keep, "-".join(map(str, job)).replace(" ", "_"))
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.copytree(worker.folder, kept, symlinks=True, ignore=shutil.ignore_patterns("fifo.*"))
                 with open(os.path.join(kept, "repeat"), "w") as file:
-                    file.write(f"{repeat(worker.job)}\n{outcome.kind}: {outcome.what}\n")
-            yield worker.job, outcome
-            worker.job = None
+                    file.write(f"{repeat(job)}\n{outcome.kind}: {outcome.what}\n")
+            yield job, outcome
     for worker in pool:
         worker.end()
 
