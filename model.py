@@ -105,6 +105,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, context_dim: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.number = None  # of the block that it is in, as `Block` has it
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
@@ -129,6 +130,7 @@ class Clip:
     t: torch.Tensor  # timesteps, (B,) or (B, T)
     emb: torch.Tensor  # what the residual blocks receive, (B, E) or (B, T, E)
     x: torch.Tensor  # what the first convolution receives, (B, 4, H, W): from its sides follows how deep a hook stands
+    past: object = None  # what a layout keeps of frames before these
 
 
 class Grid(nn.Module):
@@ -283,7 +285,9 @@ class UNet(nn.Module):
                 c = width
         self.out = nn.Sequential(*norm_act_conv(cfg.norm_groups, c, cfg.latent_channels))
         for number, block in enumerate(block for block in self.blocks() if block.hooked is not None):
-            block.number = number
+            for module in block.modules():
+                if isinstance(module, (Block, Attention)):
+                    module.number = number
         # attention needs logits that differ from the start; convolutions keep PyTorch's default, from which a denoiser
         # sooner learns the high-pass that it is at low noise
         initialize(self, nn.Linear)
@@ -340,12 +344,15 @@ class UNet(nn.Module):
             # 4.1.2: "the ME must be added to the noise before any attention or convolutional modules"; fp32
             x = x.float() + self.mixed_embedding(*grid, H, W, C, x.device)
 
-        emb = self.embedding(t, fps)
-        given = emb, context, self.layout, Clip(grid, t, emb, x)
+        out = self.network(x, context, Clip(grid, t, self.embedding(t, fps), x))
+        return fold(out.unflatten(0, (B, T)), *grid) if per_frame else out
+
+    def network(self, x, context, clip: Clip):
+        """The layers, after all that `forward` does to what they are given."""
+        given = clip.emb, context, self.layout, clip
         h, skips = self.down(x.to(self.out[2].weight.dtype), given)
         h = self.run(self.middle_block, h, given)
-        out = self.out(self.up(h, skips, given))
-        return fold(out.unflatten(0, (B, T)), *grid) if per_frame else out
+        return self.out(self.up(h, skips, given))
 
     def down(self, h, given):
         """The encoder -> what the middle block gets, and what the decoder takes from each block, in order."""

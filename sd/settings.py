@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import cli
+from beyond.causal import Causal
 from beyond.pooled import Pooled
 from beyond.temporal import Temporal
 from cli import option
@@ -16,8 +17,8 @@ from sd.text import TextConfig, TextEncoder
 from sd.vae import AutoencoderKL
 
 # Ways to see time, by name: what makes the layout object, a function of the UNet's config and of the layout's options,
-# each with a default. New ones are registered here.
-LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal, "pooled": Pooled}
+# each with a default; what else it needs of the settings are keyword-only arguments. New ones are registered here.
+LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal, "pooled": Pooled, "causal": Causal}
 BETA_SCHEDULES = ("scaled_linear", "linear")  # linear in sqrt(beta), as Stable Diffusion's; linear in beta
 
 
@@ -46,6 +47,16 @@ class Settings:
     grid_trained: bool = option(False, "whether it has ever seen a grid")
     ema: bool = option(False, "whether the weights are a moving average")
     origin: dict = option({}, "config, steps, commit, data, licence")
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """ᾱ of the 1000 timesteps of the noise schedule (1000,)."""
+        root = 0.5 if self.beta_schedule == "scaled_linear" else 1
+        betas = torch.linspace(self.beta_start**root, self.beta_end**root, 1000, dtype=torch.float64) ** (1 / root)
+        signal = (1 - betas).cumprod(0).sqrt()  # sqrt(ᾱ)
+        if self.zero_snr:
+            signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+        return (signal**2).float()
 
     def check(self):
         """Raise ValueError where a setting is no such thing, or two do not go together."""
@@ -107,7 +118,10 @@ def build(config: ModelConfig, settings: Settings) -> Model:
 
 def make_layout(cfg: UNetConfig, settings: Settings) -> Grid:
     """A fresh layout object of the settings for a UNet. Raises ValueError as `build` does."""
-    return LAYOUTS[settings.layout](cfg, **layout_options(settings))
+    options, parameters = layout_options(settings), inspect.signature(LAYOUTS[settings.layout]).parameters.values()
+    return LAYOUTS[settings.layout](cfg, **options, **{
+        parameter.name: getattr(settings, parameter.name) for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY})
 
 
 def layout_options(settings: Settings) -> dict:
@@ -115,7 +129,8 @@ def layout_options(settings: Settings) -> dict:
     if settings.layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {settings.layout!r}")
     _, *known = inspect.signature(LAYOUTS[settings.layout]).parameters.values()  # the first is the UNet's config
-    defaults = {parameter.name: parameter.default for parameter in known}
+    defaults = {parameter.name: parameter.default for parameter in known
+                if parameter.kind is not parameter.KEYWORD_ONLY}
     for name in settings.layout_options.keys() - defaults.keys():
         raise ValueError(f"layout_options of {settings.layout!r} must be among {', '.join(defaults) or 'none'}, "
                          f"got {name!r}")
