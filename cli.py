@@ -35,17 +35,18 @@ ROOT = os.path.dirname(os.path.abspath(__file__))  # of the repository
 # Options: a field says its help and its range, `check` holds it to them, `parse` reads the command line
 
 
-def option(default, help="", *, low=None, high=None, above=None, choices=None, positional=False, metavar=None,
-           read=None):
+def option(default, help="", *, low=None, high=None, above=None, choices=None, positional=False, repeat=False,
+           metavar=None, read=None):
     """A field of an options dataclass: its default, what --help says of it, and what it may be.
 
     low, high   the least and the greatest number, `above` the number that it must exceed; of a tuple, for every item
     choices     the values that are known
     positional  given without its name; a tuple takes all that are given
+    repeat      a tuple of texts, each given with the name before it
     read        text -> value, raising ValueError, where the type alone does not say how to read it
     """
     about = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "positional": positional,
-             "metavar": metavar, "read": read}
+             "repeat": repeat, "metavar": metavar, "read": read}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
     return dataclasses.field(default=default, metadata=about)
@@ -183,7 +184,9 @@ def add_option(parser: Parser, f: dataclasses.Field, kind):
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    if not about.get("positional"):
+    if about.get("repeat"):
+        parser.add_argument(f"--{f.name}", action=Gather, default=argparse.SUPPRESS, **named)
+    elif not about.get("positional"):
         parser.add_argument(f"--{f.name}", type=read, default=argparse.SUPPRESS, **named)
     elif typing.get_origin(kind) is tuple:
         parser.add_argument(f.name, nargs="*", action=Gather, default=argparse.SUPPRESS, **named)
@@ -202,10 +205,12 @@ def help_of(about, default) -> str:
 
 
 class Gather(argparse.Action):
-    """All positional arguments, as a tuple."""
+    """All that are given, as a tuple."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        if values:
+        if option_string:
+            setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), values))
+        elif values:
             setattr(namespace, self.dest, tuple(values))
 
 
