@@ -16,7 +16,7 @@ from cli import option
 from clips.write import claim_paths, playback_fps, release, write_video
 from grid import fold, grid_shape, unfold
 from sd.device import DTYPES, at_work, has_room, pick_device, pick_dtype
-from sd.settings import BETA_SCHEDULES
+from sd.settings import BETA_SCHEDULES, LAYOUTS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule
@@ -209,8 +209,12 @@ class Request:
             return ["one frame is made without grid and FPS, as by the model that this one was trained from"
                     ] * s.grid_trained
         if not s.grid_trained:
-            return ["this model never saw a grid of frames: expect a collage, not a video (train it with train.py)"]
+            return ["this model's layers over time were never trained: expect unrelated pictures, not a video (train "
+                    "it with train.py, or give it motion modules with --motion)" if model.unet.layout.per_frame else
+                    "this model never saw a grid of frames: expect a collage, not a video (train it with train.py)"]
         told = []
+        if not s.fps_trained:  # motion modules that others trained, with no frame rate told and on any base
+            return told
         if self.fps not in s.fps_trained:
             told.append(f"this model never saw {self.fps:g} FPS; it was trained at {trained}")
         if (self.frames, *self.size) != (s.frames, s.width, s.height):
@@ -282,6 +286,11 @@ class Options(Request):
     num: int = option(1, "videos a prompt, with seeds S, S+1, ...", low=1)
     ckpt: str = option("", "model: a file, a diffusers folder or a repository (default: the tiny one that ships)")
     prediction: str = option("", "what the UNet predicts, if the file is silent", choices=("", "epsilon", "v"))
+    layout: str = option("", "how the tokens of a clip meet (default: as in the file)", choices=("", *LAYOUTS))
+    motion: str = option("", "AnimateDiff's motion modules for a Stable Diffusion 1.x: a file, a diffusers folder or a "
+                         "repository", metavar="FILE")
+    lora: tuple[str, ...] = option((), "a LoRA to add to the weights, and how much of it; may be given several times",
+                                   repeat=True, metavar="FILE[:SCALE]")
     out: str = option("out/", "a .mp4, .gif or .png (contact sheet) file, numbered when there are several videos, or a "
                       "folder", metavar="PATH")
     device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
@@ -298,13 +307,20 @@ def read_prompts(path: str) -> tuple[str, ...]:
         raise ValueError(f"{path} must be text in UTF-8: {error}") from error
 
 
+def read_lora(text: str) -> tuple[str, float]:
+    """ "FILE" or "FILE:SCALE" -> (file, scale); 1 where there is none."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (match[1], float(match[2])) if match and not os.path.exists(text) else (text, 1.0)
+
+
 def main():
     options = cli.parse(Options, __doc__)
     if options.prompts:
         options.prompt += read_prompts(options.prompts)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    model = sd.load(options.ckpt or SHIPPED, "cpu", dtype, options.prediction or None)
+    model = sd.load(options.ckpt or SHIPPED, "cpu", dtype, options.prediction or None,
+                    layout=options.layout or None, motion=options.motion or None, lora=map(read_lora, options.lora))
     if has_room(device, model.parts().values()):
         model.to(device)
     options = options.resolve(model)
@@ -317,6 +333,7 @@ def main():
     print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
     name = os.path.basename(options.ckpt or SHIPPED) if os.path.exists(options.ckpt or SHIPPED) else options.ckpt
     told = {f.name: getattr(options, f.name) for f in fields(Request)} | {"ckpt": name}  # and no path of this machine
+    told |= {key: model.settings.origin[key] for key in ("motion", "lora") if key in model.settings.origin}
     try:
         with tqdm(total=len(videos) * options.steps, unit="step", desc="sample", file=sys.stderr) as bar:
             for (prompt, seed), path in zip(videos, paths):

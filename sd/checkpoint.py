@@ -102,6 +102,8 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
     if motion and (layout not in (None, "temporal") or layout_options):
         raise ValueError("motion modules make the layout 'temporal' and bring its options: no others can be chosen")
     if layout and layout != source.settings.layout:
+        if source.settings.grid_trained:
+            warn(f"{path} was trained with the layout {source.settings.layout!r}, not {layout!r}")
         source.settings = replace(source.settings, layout=layout, layout_options={})
         source.fresh += () if motion else ("layout.",)
     if layout_options:
@@ -139,6 +141,8 @@ def assemble(source: Source, device, dtype, motion: str | None = None) -> Model:
         tensors = [weights.read(n, device, dtype) for n in theirs]
         states[part][name] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).reshape(shape)
     states["unet"] |= fresh_tensors(model, source.fresh, device, dtype)
+    if "layout." in source.fresh and model.unet.layout.state_dict():
+        model.settings = replace(model.settings, grid_trained=False)
     for part, module in model.parts().items():
         module.load_state_dict(states[part], assign=True)
         module.eval()

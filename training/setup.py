@@ -27,11 +27,13 @@ def make_model(cfg: Config) -> Model:
         if not (cfg.mixed_embedding and cfg.fps_embedding):
             raise ValueError("mixed_embedding and fps_embedding must be True for a model that is loaded: they are "
                              f"switched off for models that start from nothing, and {cfg.init} brings its own")
-        model = load(cfg.init, prediction=cfg.prediction or None)
-        settings = model.settings
+        model = load(cfg.init, prediction=cfg.prediction or None, layout=cfg.layout or None,
+                     layout_options=cfg.layout_options)
     else:
-        settings = Settings(prediction=cfg.prediction or "epsilon", zero_snr=cfg.zero_snr, spacing=cfg.spacing)
-        model = build(architecture(cfg), settings)
+        model = build(architecture(cfg), Settings(
+            prediction=cfg.prediction or "epsilon", zero_snr=cfg.zero_snr, spacing=cfg.spacing,
+            layout=cfg.layout or "grid", layout_options=cfg.layout_options))
+    settings = model.settings
     if cfg.vae:
         donor = load(cfg.vae)
         origin = settings.origin | {"vae": donor.settings.origin.get("vae", {"file": portable(cfg.vae)})}
