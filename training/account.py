@@ -7,6 +7,7 @@ workspaces of cuDNN and cuBLAS) is no tensor, and comes on top.
 
 import os
 import weakref
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -113,12 +114,20 @@ def shape_of(cfg: Config) -> ModelConfig:
     return ModelConfig(model.unet.cfg, model.vae.cfg, model.text.cfg)
 
 
+def with_layout(cfg: Config) -> Config:
+    """The same with the layout that `init` brings, where the config says none and that lies here."""
+    if cfg.layout or not os.path.exists(cfg.init):
+        return cfg
+    settings = load(cfg.init).settings
+    return replace(cfg, layout=settings.layout, layout_options=settings.layout_options | cfg.layout_options)
+
+
 def setting(cfg: Config, example, shape: ModelConfig):
     """The run's module, a batch of zeros for it, and its VAE where frames are encoded live; weights are random.
 
     example  a task's function of (cfg, model) that gives module and batch
     """
-    model = build(shape, Settings(prediction="v"))
+    model = build(shape, Settings(prediction="v", layout=cfg.layout or "grid", layout_options=cfg.layout_options))
     model.check_size(cfg.width, cfg.height, cfg.frames if cfg.train == "unet" else 1)
     module, batch = example(cfg, model)
     live = cfg.train == "unet" and not cfg.encoded

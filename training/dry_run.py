@@ -14,7 +14,7 @@ from clips.encoded import EncodedClips
 from clips.lists import Items
 from sd.device import pick_dtype
 from sd.presets import ModelConfig
-from training.account import device_memory, host_memory, setting, shape_of
+from training.account import device_memory, host_memory, setting, shape_of, with_layout
 from training.config import Config
 from training.offload import OffloadAdamW
 from training.setup import data_lists, loss_of, sample_spec
@@ -32,7 +32,7 @@ def dry_run(cfg: Config, example):
     if cfg.dtype == "float64":
         raise ValueError("dtype must be float32, bfloat16, float16 or auto for dry_run, got float64")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = replace(cfg, dtype=str(pick_dtype(cfg.dtype, device)).removeprefix("torch."))
+    cfg = replace(with_layout(cfg), dtype=str(pick_dtype(cfg.dtype, device)).removeprefix("torch."))
     gpu = device.type == "cuda" or cfg.dtype == "float16"  # that is for a GPU, if not for one of this machine
     world, shape = int(os.environ.get("WORLD_SIZE", 1)), shape_of(cfg)
     need = device_memory(cfg, example, shape, device.type)
