@@ -19,6 +19,7 @@ import ast
 import codecs
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -60,6 +61,8 @@ def check(options):
         if not fits(value, kind):
             raise ValueError(f"{f.name} must be {called(kind)}, got {value!r}")
         choices = f.metadata.get("choices")
+        if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+            raise ValueError(f"{f.name} must be text without zero bytes, got {value!r}")
         if choices is not None and value is not None and value not in choices:
             raise ValueError(f"{f.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
         for item in value if isinstance(value, tuple) else (value,):
@@ -69,14 +72,22 @@ def check(options):
 
 def check_number(name: str, number, low=None, high=None, above=None):
     """Raise ValueError unless a number is finite and within its range."""
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {number}")
     if low is not None and high is not None and not low <= number <= high:
-        raise ValueError(f"{name} must be in {low:g}..{high:g}, got {number:g}")
+        raise ValueError(f"{name} must be in {shown(low)}..{shown(high)}, got {shown(number)}")
     for sign, limit, good in ((">=", low, low is None or number >= low), ("<=", high, high is None or number <= high),
                               (">", above, above is None or number > above)):
         if not good:
-            raise ValueError(f"{name} must be {sign} {limit:g}, got {number:g}")
+            raise ValueError(f"{name} must be {sign} {shown(limit)}, got {shown(number)}")
+    if isinstance(number, int) and not -(2**63) <= number < 2**64:
+        raise ValueError(f"{name} must fit into 64 bits, got {shown(number)}")
+
+
+def shown(number) -> str:
+    if isinstance(number, int) and number.bit_length() > 99:  # Python refuses to print one of 5,000 digits
+        return f"a number of {number.bit_length()} bits"
+    return f"{number:g}" if isinstance(number, float) else str(number)
 
 
 def fits(value, kind) -> bool:
@@ -108,6 +119,8 @@ def read_value(text: str, f: dataclasses.Field, kind):
         return f.metadata["read"](text)
     if fits(text, kind):
         return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -123,12 +136,12 @@ def shaped(value, kind):
     if isinstance(value, list):
         return tuple(value)
     wants_float = kind is float or kind == float | None
-    return float(value) if type(value) is int and wants_float else value
+    return float(value) if type(value) is int and wants_float and abs(value) < 2**1000 else value
 
 
 def read_size(text: str) -> tuple[int, int]:
     """ "512x320" -> (512, 320): width, height. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
     if not match:
         raise ValueError(f"must be WIDTHxHEIGHT, like 256x256, got {text!r}")
     return int(match[1]), int(match[2])
@@ -228,6 +241,8 @@ def program() -> str:
 
 def run(main):
     """Run a command: a mistake of its user becomes one line on stderr and status 2, a bug keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may be unable to show a path; stderr is so from the start
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -268,6 +283,8 @@ MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_
 
 def read_text(path: str) -> str:
     """The text of a file, see `decode`. Raises ValueError where it is no text, and OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} must be a file, got a folder or a device")  # to read a pipe is to wait for ever
     with open(path, "rb") as file:
         return decode(file.read(), path)
 

@@ -18,10 +18,12 @@ def grid_shape(T: int) -> tuple[int, int]:
     """(rows, cols) of the grid for T frames: rows * cols == T, rows <= cols, as square as T allows.
 
     T = 16 is (4, 4), 32 is (4, 8), 12 is (3, 4); T = 1, an image, is (1, 1).
-    Raises ValueError when T < 1, and when T is a prime above 3 (its only grid is one long row of frames).
+    Raises ValueError when T < 1 or T > 10^9, and when T is a prime above 3 (its only grid is one long row of frames).
     """
     if T < 1:
         raise ValueError(f"frames must be >= 1, got {T}")
+    if T > 10**9:
+        raise ValueError(f"frames must be <= 1,000,000,000, got {T:,}")
     rows = largest_factor(T)
     if rows == 1 and T > 3:
         # T - 1 and T + 1 are even and at least 4, so both make a grid of two rows or more

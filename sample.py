@@ -3,7 +3,9 @@
     python sample.py "a red circle moving right"
 """
 
+import io
 import os
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -15,8 +17,9 @@ import sd
 from cli import option
 from clips.write import claim_paths, playback_fps, release, write_video
 from grid import fold, grid_shape, unfold
-from sd.device import DTYPES, at_work, has_room, pick_device, pick_dtype
+from sd.device import DTYPES, at_work, check_memory, has_room, pick_device, pick_dtype, require_finite
 from sd.settings import BETA_SCHEDULES, LAYOUTS
+from sd.vae import decode
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule
@@ -190,16 +193,28 @@ class Request:
         if isinstance(self.prompt, str):
             self.prompt = (self.prompt,)
 
+    def check(self):
+        """Raise ValueError, in terms of the fields, on what no model can do: known before one is loaded."""
+        cli.check(self)
+        if not self.prompt or not all(prompt.strip() for prompt in self.prompt):
+            raise ValueError('prompt must be given and not be empty, like "a red circle moving right"')
+        for text in (*self.prompt, self.negative):
+            if re.search("[\ud800-\udfff]", text):  # how Python keeps bytes of a command line that are no text
+                raise ValueError(f"prompt and negative must be text in UTF-8, got {text!r}")
+        grid_shape(self.frames or 1)
+
     def resolve(self, model: sd.Model) -> "Request":
-        """The same with nothing left open. Raises ValueError, in terms of the fields, on what the model cannot do."""
+        """The same with nothing left open.
+
+        Raises ValueError, in terms of the fields, on what the model cannot do, or this machine's memory cannot hold.
+        """
         s = model.settings
         defaults = {"frames": s.frames, "size": (s.width, s.height), "fps": float(s.fps), "steps": s.sampling_steps,
                     "guidance": s.guidance, "eta": s.eta}
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
-        cli.check(whole)
-        if not whole.prompt or not all(prompt.strip() for prompt in whole.prompt):
-            raise ValueError('prompt must be given and not be empty, like "a red circle moving right"')
+        whole.check()
         model.check_size(*whole.size, whole.frames)
+        check_memory(model, whole.frames, *whole.size, batch=1 if whole.guidance == 1 else 2)
         return whole
 
     def unseen(self, model: sd.Model) -> list[str]:
@@ -230,7 +245,8 @@ def generate(model: sd.Model, request: Request, *, seeds=None, progress=None, de
     progress  called as progress(i, t, x_t, x_0) after each step
     device    where to work (default: where the UNet is); a network that is elsewhere is there only while it works
 
-    One frame is an image: plain Stable Diffusion, no grid and no FPS. Raises ValueError on what the model cannot do.
+    One frame is an image: plain Stable Diffusion, no grid and no FPS. Raises ValueError on what the model cannot
+    do, NotFinite where NaN or infinity comes of it.
     """
     request, unet, factor = request.resolve(model), model.unet, model.vae.cfg.downsampling
     device, count = device or unet.out[2].weight.device, len(request.prompt)
@@ -252,32 +268,18 @@ def generate(model: sd.Model, request: Request, *, seeds=None, progress=None, de
                   steps=request.steps, guidance=request.guidance, sampler=request.sampler, eta=request.eta, noise=noise)
     with at_work(unet, device):
         for i, t, x, x0 in run:
+            require_finite(x, f"the UNet's output at timestep {t}", model)
             if progress:
                 progress(i, t, x, x0)
     with at_work(model.vae, device):
         return decode(model, unfold(x, rows, cols))
 
 
-def decode(model: sd.Model, latents):
-    """Scaled latents (B, T, 4, h, w) -> uint8 (B, T, H, W, 3), a few frames at a time to be light on memory."""
-    (B, T), pixels = latents.shape[:2], latents[0, 0, 0].numel() * model.vae.cfg.downsampling**2
-    weight = model.vae.post_quant_conv.weight
-    flat = (latents.flatten(0, 1) / model.settings.latent_scale).to(weight.device, weight.dtype)
-    chunk = max(1, min(16, 2**23 // pixels))  # above, one activation has more numbers than an int32 can count
-    with torch.no_grad():
-        images = torch.cat([to_uint8(model.vae.decode(part)) for part in flat.split(chunk)])
-    return images.unflatten(0, (B, T)).cpu().numpy()
-
-
-def to_uint8(images):
-    """(N, 3, H, W) in -1..1 -> uint8 (N, H, W, 3)."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 SHIPPED = os.path.join(cli.ROOT, "weights", "tiny.safetensors")
+MOST = 100_000  # videos of a call: their names are all claimed before the first
 
 
 @dataclass
@@ -299,12 +301,14 @@ class Options(Request):
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
-    """The prompts of a file, one a line. Raises OSError or ValueError when it cannot be read."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return tuple(line.strip() for line in file if line.strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    """The prompts of a file, one a line. Raises OSError or ValueError when it cannot be read, or holds none."""
+    if not os.path.exists(path):
+        raise ValueError(f"prompts must be a file with a prompt a line, got {path!r}, which is not there; a prompt "
+                         "itself stands without --prompts")
+    found = tuple(line.strip() for line in io.StringIO(cli.read_text(path), None) if line.strip())
+    if not found:
+        raise ValueError(f"{path} holds no prompt")
+    return found
 
 
 def read_lora(text: str) -> tuple[str, float]:
@@ -317,8 +321,14 @@ def main():
     options = cli.parse(Options, __doc__)
     if options.prompts:
         options.prompt += read_prompts(options.prompts)
+    if len(options.prompt) * options.num > MOST:
+        raise ValueError(f"num must make at most {MOST:,} videos of all prompts together, got {options.num:,} of "
+                         f"{len(options.prompt):,}")
+    replace(options, seed=options.seed + options.num - 1).check()
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
+    videos = [(prompt, options.seed + n) for prompt in options.prompt for n in range(options.num)]
+    release(claim_paths(options.out, videos, options.frames == 1))  # now, not after a model is loaded
     model = sd.load(options.ckpt or SHIPPED, "cpu", dtype, options.prediction or None,
                     layout=options.layout or None, motion=options.motion or None, lora=map(read_lora, options.lora))
     if has_room(device, model.parts().values()):
@@ -326,9 +336,8 @@ def main():
     options = options.resolve(model)
     for text in options.unseen(model):
         cli.warn(text)
-    for cut in filter(None, model.text.tokenize(options.prompt)[1]):
+    for cut in filter(None, model.text.tokenize([*options.prompt, options.negative])[1]):
         cli.warn(f"the prompt is longer than the text tower reads; cut off: {cut!r}")
-    videos = [(prompt, options.seed + n) for prompt in options.prompt for n in range(options.num)]
     paths = claim_paths(options.out, videos, options.frames == 1)
     print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
     name = os.path.basename(options.ckpt or SHIPPED) if os.path.exists(options.ckpt or SHIPPED) else options.ckpt

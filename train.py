@@ -27,7 +27,7 @@ from clips.write import write_video
 from data import Batch, Faults, Stream, batches, generator
 from grid import fold, grid_shape
 from sample import NoiseSchedule, Request, generate
-from sd.device import pick_dtype, precision
+from sd.device import NotFinite, pick_dtype, precision
 from training.checkpoints import claimed, load_run, newest_whole, save_run
 from training.config import Config, read_config
 from training.dry_run import dry_run
@@ -137,12 +137,16 @@ class UNetTask:
         return self.model
 
     def sheet(self, model: sd.Model):
-        """Samples of the config's prompts, a row of frames each: uint8 (N, H, W, 3); None without prompts."""
+        """Samples of the config's prompts, a row of frames each: uint8 (N, H, W, 3); None where there are none."""
         if not self.cfg.prompts:
             return None
-        with precision(getattr(torch, self.cfg.dtype), self.ranks.device):
-            videos = generate(model, Request(self.cfg.prompts), seeds=range(len(self.cfg.prompts)),
-                              progress=lambda *_: self.ranks.at("samples"))
+        try:
+            with precision(getattr(torch, self.cfg.dtype), self.ranks.device):
+                videos = generate(model, Request(self.cfg.prompts), seeds=range(len(self.cfg.prompts)),
+                                  progress=lambda *_: self.ranks.at("samples"))
+        except NotFinite as error:  # no reason to end a run
+            cli.warn(f"no sheet of samples: {error}")
+            return None
         return videos.reshape(-1, *videos.shape[2:])
 
     @staticmethod

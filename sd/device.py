@@ -1,5 +1,7 @@
-"""Where networks are, and in which precision they work."""
+"""Where networks are, in which precision they work, and whether there is room for them."""
 
+import math
+import os
 import re
 from contextlib import contextmanager, nullcontext
 
@@ -36,6 +38,25 @@ def precision(dtype: torch.dtype, device: torch.device):
     return torch.autocast(device.type, dtype) if dtype in (torch.float16, torch.bfloat16) else nullcontext()
 
 
+class NotFinite(ValueError):
+    """NaN or infinity where latents or images should be."""
+
+
+def require_finite(x: torch.Tensor, what: str, model):
+    """Raise NotFinite unless all numbers of a model's output are finite; it names the cause as far as it can be known.
+
+    what  a name of the output
+    """
+    if x.isfinite().all():
+        return
+    bad, dtype = model.bad_tensors(), str(model.unet.out[2].weight.dtype).removeprefix("torch.")
+    also = f", nor are {len(bad)} tensors of the weights, like {bad[0]}" if bad else ""
+    hint = "is guidance too high?" if not bad else "the file is damaged, or was trained until it diverged"
+    if dtype != "float32":  # it may be too narrow for what the model computes, or for the weights themselves
+        hint = f"try --dtype float32 instead of {dtype}"
+    raise NotFinite(f"{what} is not finite{also}: {hint}")
+
+
 def size_of(tensors) -> int:
     """Bytes."""
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -45,6 +66,35 @@ def has_room(device: torch.device, networks) -> bool:
     """Whether all networks can be on a device at once and leave half of what is free on a GPU to their work."""
     weights = sum(size_of(network.parameters()) for network in networks)
     return device.type != "cuda" or weights < torch.cuda.mem_get_info(device)[0] / 2
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU or in this machine: all of its memory where only Linux could say more, else inf."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what it had
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(text.split()[1]) * 1024 for text in file if text.startswith("MemAvailable"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+
+
+def check_memory(model, frames: int, width: int, height: int, batch=1, device: torch.device | None = None):
+    """Raise ValueError when a UNet's pass over a batch of clips, or a VAE's over a frame, surely needs too much memory.
+
+    At its peak the UNet of any preset holds 15 to 30 activations of its first level, the VAE 5 or 6 of its last, so
+    what is refused is too large by far, and what is not may still be. training/account.py counts exactly.
+
+    device  where it will work (default: where the UNet is)
+    """
+    device = device or model.unet.out[2].weight.device
+    pixels, unet, vae = width * height, model.unet.cfg, model.vae.cfg
+    wide = 12 * unet.channels * batch * frames * (pixels // vae.downsampling**2)
+    need = 2 * max(wide, 5 * vae.channels * pixels) + 3 * batch * frames * pixels  # two bytes a number, as in float16
+    free = free_memory(device)
+    if need > free:
+        raise ValueError(f"frames and size must fit into memory: {frames} frames of {width}x{height} take at least "
+                         f"{need / 1e9:,.0f} GB, and {free / 1e9:,.0f} GB of this {device.type} are free")
 
 
 @contextmanager

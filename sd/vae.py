@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cli import warn
 from layers.basic import Upsample, initialize, per_pixel
+from sd.device import NotFinite, require_finite
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,44 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents):
         """latents (N, 4, h, w) -> images (N, 3, 8h, 8w), about -1..1."""
         return self.decoder(self.post_quant_conv(latents))
+
+
+def decode(model, latents):
+    """Scaled latents (B, T, 4, h, w) -> uint8 (B, T, H, W, 3).
+
+    Where half precision cannot hold what is between the layers of a VAE, as in some fine-tunes, the VAE becomes float32
+    and decodes again, with a warning. Raises NotFinite where that does not help.
+    """
+    flat, weight = latents.flatten(0, 1) / model.settings.latent_scale, model.vae.post_quant_conv.weight
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    try:
+        images = decode_frames(model, flat)
+    except NotFinite:
+        if dtype not in (torch.float16, torch.bfloat16) or model.bad_tensors():
+            raise
+        warn(f"the VAE's numbers do not fit into {str(dtype).removeprefix('torch.')}: it decodes again in float32")
+        model.vae.float()
+        with torch.autocast(kind, enabled=False):
+            images = decode_frames(model, flat)
+    return images.unflatten(0, latents.shape[:2]).cpu().numpy()
+
+
+def decode_frames(model, latents):
+    """Latents before the latent scale (N, 4, h, w) -> uint8 (N, H, W, 3), a few at a time to be light on memory."""
+    weight, pixels = model.vae.post_quant_conv.weight, latents[0, 0].numel() * model.vae.cfg.downsampling**2
+    chunk, images = max(1, min(16, 2**23 // pixels)), []  # above, an activation has more numbers than int32 counts
+    with torch.no_grad():
+        for part in latents.to(weight.device, weight.dtype).split(chunk):
+            images.append(model.vae.decode(part))
+            require_finite(images[-1], "the VAE's output", model)
+            images[-1] = to_uint8(images[-1])
+    return torch.cat(images)
+
+
+def to_uint8(images):
+    """(N, 3, H, W) in -1..1 -> uint8 (N, H, W, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def encode_frames(vae, frames, chunk=16):

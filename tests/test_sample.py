@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import av
@@ -14,9 +15,11 @@ from conftest import ONE_THREAD, ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sd
+from grid import grid_shape
 from sample import Request, generate
-from sd.device import at_work, pick_device, pick_dtype, size_of
-from sd.presets import TINY
+from sd.device import NotFinite, at_work, check_memory, pick_device, pick_dtype, size_of
+from sd.presets import PRESETS, TINY
+from sd.vae import decode
 from training.account import Account
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,6 +117,8 @@ def test_networks_take_turns_where_memory_is_short(monkeypatch):
     if not torch.cuda.is_available() and torch.__version__ < "2.7":
         pytest.skip("a GPU of pretence wants a driver up to torch 2.6")
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor)  # what is made here has no contents
+    for name in ("sample.check_memory", "sample.require_finite", "sd.vae.require_finite"):
+        monkeypatch.setattr(name, lambda *_, **options: None)
     request, card = Request("x", frames=64, size=(64, 64), steps=1), torch.device("cuda", 0)
     with FakeTensorMode(), Account() as account:
         home = sd.build(TINY, sd.Settings())
@@ -124,6 +129,63 @@ def test_networks_take_turns_where_memory_is_short(monkeypatch):
             there = sd.build(TINY, sd.Settings())
         together = sum(sizes.values()) + account.during(lambda: generate(there, request, device=card))
     assert together - apart == sizes["text"] + sizes["vae"] > 0
+
+
+@pytest.mark.parametrize("T, side", [(16, 64), (1, 256)])
+def test_only_what_surely_needs_too_much_memory_is_refused(monkeypatch, T, side):
+    with FakeTensorMode(), torch.no_grad(), Account() as account:
+        model, (rows, cols) = sd.build(PRESETS["micro"], sd.Settings()), grid_shape(T)
+        h = side // model.vae.cfg.downsampling
+        inputs = torch.zeros(2, 4, rows * h, cols * h), torch.zeros(2), torch.zeros(2, 77, 32), torch.zeros(2)
+        needed = max(account.during(lambda: model.unet(*inputs, (rows, cols))),
+                     account.during(lambda: model.vae.decode(torch.zeros(min(T, 16), 4, h, h))))
+    for free in (needed, needed // 30):
+        monkeypatch.setattr("sd.device.free_memory", lambda device, free=free: free)
+        refusal = pytest.raises(ValueError, match=f"{T} frames of {side}x{side} take at least")
+        with refusal if free < needed else nullcontext():
+            check_memory(model, T, side, side, batch=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def test_a_vae_beyond_float16_decodes_in_float32_and_says_so(micro, capsys):
+    model = sd.load(micro)
+    with torch.no_grad():  # as in SDXL's VAE: activations that float16 cannot hold, and a norm after them
+        model.vae.decoder.conv_in.weight *= 6e4 / model.vae.decoder.conv_in.weight.abs().max()
+    latents = torch.randn(1, 4, 4, 4, 4)
+    expected = decode(model, latents)
+    assert capsys.readouterr().err == ""
+    model.vae.half()
+    for _ in range(2):  # told once: the VAE stays float32
+        assert np.abs(decode(model, latents).astype(int) - expected).max() <= 3
+    told = "warning: the VAE's numbers do not fit into float16: it decodes again in float32\n"
+    assert capsys.readouterr().err == told
+    with torch.autocast("cpu", torch.float16):
+        assert np.abs(decode(model, latents).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("part, name", [("unet", "out.2.weight"), ("vae", "decoder.conv_out.bias"),
+                                        ("text", "model.ln_final.bias")])
+def test_weights_that_are_not_finite_are_named(micro, part, name):
+    model = sd.load(micro)
+    model.parts()[part].state_dict()[name].view(-1)[0] = float("nan")
+    with pytest.raises(NotFinite, match=rf"is not finite, nor are 1 tensors of the weights, like {part}.{name}: "):
+        generate(model, Request("x", steps=1))
+
+
+def test_a_unet_beyond_its_precision_is_told_at_its_timestep(micro):
+    model = sd.load(micro)
+    model.unet.out[2].weight.data.fill_(6e4)
+    with pytest.raises(NotFinite, match="the UNet's output at timestep 999 is not finite: try --dtype float32 instead"):
+        generate(model.to(torch.float16), Request("x", steps=2, guidance=1e6))
+    model = sd.load(micro)
+    model.vae.decoder.conv_in.weight.data *= 1e6  # no number of float16 any more
+    with pytest.raises(NotFinite, match="the VAE's output is not finite, nor are 1 tensors .*: try --dtype float32"):
+        generate(model.to(torch.float16), Request("x", steps=1))
+    with pytest.raises(NotFinite, match=r"at timestep \d+ is not finite: is guidance too high\?"):
+        generate(sd.load(micro), Request("x", steps=2, guidance=3e38))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +253,16 @@ BAD = {
     "no device": (["x", "--device", "tpu"], "device tpu is not here"),
     "no such device": (["x", "--device", "cpu:3"], "cpu:3"),
     "no number of a device": (["x", "--device", "cpu:x"], "cpu:x"),
-    "prompts file": (["--prompts", "/nowhere.txt"], "/nowhere.txt: No such file"),
+    "prompts file": (["--prompts", "/nowhere.txt"], "prompts must be a file with a prompt a line, got '/nowhere.txt'"),
+    "no text": (["a \udcff"], "prompt and negative must be text in UTF-8, got 'a \\udcff'"),
+    "no text in the negative": (["x", "--negative", "\ud800"], "prompt and negative must be text"),
+    "too many": (["x", "--num", "1000000000"], "num must make at most 100,000 videos of all prompts together"),
+    "seeds beyond the last": (["x", "--num", "2", "--seed", "18446744073709551615"], "seed must be in"),
+    "more digits than Python prints": (["x", "--num", "0x" + "f" * 9000], "num must fit into 64 bits, got a number of"),
+    "more digits than a size has": (["x", "--size", "9" * 5000 + "x8"], "WIDTHxHEIGHT"),
+    "a number like infinity": (["x", "--guidance", "1e400"], "guidance must be a finite number, got inf"),
+    "size beyond memory": (["x", "--size", "800000x800000"], "must fit into memory: 4 frames of 800000x"),
+    "frames beyond counting": (["x", "--frames", str(2**62 - 57)], "frames must be <= 1,000,000,000"),
 }
 
 

@@ -1,6 +1,5 @@
 """Checkpoints of a run: step-00000500.pt holds all that resuming needs. And the folder that they are in."""
 
-import fcntl
 import os
 import re
 import zipfile
@@ -10,6 +9,7 @@ from dataclasses import asdict
 import torch
 
 from cli import beside, warn
+from clips.jobs import lock
 from training.config import Config
 from training.offload import OffloadAdamW
 from training.ranks import Ranks
@@ -26,13 +26,9 @@ def claimed(cfg: Config, ranks: Ranks):
         return
     os.makedirs(cfg.out_dir, exist_ok=True)
     with open(os.path.join(cfg.out_dir, ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             raise ValueError(f"out_dir must be free, but another run writes to {cfg.out_dir}: choose another folder, "
-                             "or end that run") from None
-        except OSError:
-            pass  # a file system without locks
+                             "or end that run")
         yield
 
 

@@ -3,7 +3,7 @@
 import ast
 import os
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import cli
 from cli import option
@@ -109,20 +109,24 @@ class Config:
     dry_run: bool = option(False, "say what the run will need, and stop")
 
 
+@dataclass
+class CommandLine(Config):
+    configs: tuple[str, ...] = option((), "config files, applied in order", positional=True)
+
+
 def read_config(arguments: list[str], description="") -> Config:
-    """The config of a command line: config files, applied in order, then `--name=value`.
+    """The config of a command line: config files, applied in order, then `--name=value` or `--name value`.
 
     Raises ValueError or OSError on an unknown name (with the nearest one), a wrong type or range, or a file that holds
     anything but assignments of plain values.
     """
-    files = [word for word in arguments if not word.startswith("-")]
-    overrides = [word for word in arguments if word.startswith("-")]
-    values = {}
-    for path in files:
-        values |= assignments(path)
-    cfg = cli.parse(Config, description, overrides, **values)
+    files, values = cli.parse(CommandLine, description, arguments).configs, {}
     if not files:
         raise ValueError("a config is needed, like: python train.py configs/tiny.py (see --help)")
+    for path in files:
+        values |= assignments(path)
+    given = vars(cli.parse(CommandLine, description, arguments, **values))
+    cfg = Config(**{f.name: given[f.name] for f in fields(Config)})
     check_config(cfg)
     return cfg
 
@@ -136,10 +140,11 @@ def portable(value):
 def assignments(path: str) -> dict:
     """What a config file assigns: name -> plain value. Raises ValueError, naming the line, on anything else."""
     try:
-        with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read(), path)
-    except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte
-        raise ValueError(f"{path}, line {getattr(error, 'lineno', '?')}: {getattr(error, 'msg', error)}") from error
+        tree = ast.parse(cli.read_text(path), path)
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(f"{path}: brackets stand too deep in one another") from error
     kinds = typing.get_type_hints(Config)
     values, docstring = {}, isinstance(tree.body[:1][0], ast.Expr) if tree.body else False
     for node in tree.body[docstring:]:
@@ -149,8 +154,8 @@ def assignments(path: str) -> dict:
         name = node.targets[0].id
         try:
             values[name] = cli.shaped(ast.literal_eval(node.value), kinds.get(name))
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: {name} must be a plain value") from None
+        except (TypeError, ValueError, MemoryError, RecursionError):
+            raise ValueError(f"{where}: {name} must be a plain value, like 8, 0.5, True or \"text\"") from None
         if name not in kinds:
             raise ValueError(f"{where}: {cli.unknown_option(name, Config)}")
         try:

@@ -12,7 +12,7 @@ import torch
 
 from clips.encoded import EncodedClips
 from clips.lists import Items
-from sd.device import pick_dtype
+from sd.device import free_memory, pick_dtype
 from sd.presets import ModelConfig
 from training.account import device_memory, host_memory, setting, shape_of, with_layout
 from training.config import Config
@@ -150,13 +150,3 @@ def seconds_a_step(cfg: Config, example, shape: ModelConfig, device) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
-
-
-def free_memory(device) -> int:
-    """Free bytes of a GPU, or of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    if not os.path.exists("/proc/meminfo"):  # not Linux: all there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(text.split()[1]) * 1024 for text in file if text.startswith("MemAvailable"))

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,11 @@ from dataclasses import asdict, replace
 from functools import cache
 
 import torch
+
+try:
+    import resource
+except ImportError:  # on Windows the memory of the host is not told
+    resource = None
 
 from cli import ROOT, write_text
 from clips.samples import SOURCES
@@ -111,8 +115,9 @@ class Log:
 
 def memory(device) -> dict[str, float]:
     """GB at the peak so far: of this process on its host, of tensors on its device where that is another."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    return {"host": host} | ({"device": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {})
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9} if resource else {}
+    return host | ({"device": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {})
 
 
 def forget_after(path: str, step: int):

@@ -13,8 +13,8 @@ from clips.decode import Bad
 from clips.lists import Items
 from clips.samples import Spec, offered_fps, read_sample, video_of
 from data import generator
-from sample import to_uint8
 from sd import Model
+from sd.vae import to_uint8
 from training.config import Config
 from training.ranks import Ranks
 

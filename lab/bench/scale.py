@@ -18,10 +18,9 @@ from grid import grid_shape
 from lab.bench.timing import Options, default_dtype, in_turn
 from lab.bench.unet import forward_of, unet_input
 from model import UNet
-from sd.device import size_of
+from sd.device import free_memory, size_of
 from sd.presets import SD21
 from training.account import Account
-from training.dry_run import free_memory
 
 CASES = [(T, width, height) for width, height in ((128, 128), (256, 160), (256, 256), (512, 512))
          for T in (4, 16, 32, 64, 256)]

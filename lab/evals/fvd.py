@@ -22,8 +22,8 @@ from clips.encoded import EncodedClips
 from clips.lists import Items
 from clips.pictures import View, fit_frame
 from lab.metrics import Gaussian, frechet_distance
-from sample import decode
 from sd.device import pick_device
+from sd.vae import decode
 
 ENOUGH = 10_000  # videos: from there on the distance is stable (Figure 17)
 

@@ -41,7 +41,7 @@ FILES = {
     b"import os": "line 1: a config holds assignments of plain values, nothing else",
     b"lr = float('1')": "lr must be a plain value",
     b"batch_size = = 3": "line 1: invalid syntax",
-    b"\xff\xfe\x00": "can't decode byte 0xff",
+    b"\xff\xfe\x00": "line 1: not text in UTF-8",
 }
 
 
