@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import ci_options, metrics, train_here
 from torch import nn
 
 import sd
@@ -150,3 +151,29 @@ def test_checkpointing_gives_the_same_gradients():
         gradients.append({name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() == dict(unet.named_parameters()).keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_it_trains_saves_loads_and_samples(world, finished, tmp_path, run):
+    """From a model of grids, on the same encoded clips."""
+    base = finished[0] / "run" / "model.safetensors"
+    done = train_here(f"--toy={world}", f"--encoded={finished[0]}/encoded", f"--out_dir={tmp_path}/run", "--lr=3e-3",
+                      f"--init={base}", "--layout=temporal", "--layout_options={'positions': 9}", "--save_every=20",
+                      "--sheet_every=20", "--prompts=()", "--ema=0")
+    assert done.returncode == 0, done.stderr
+    losses = metrics(tmp_path, "loss")
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    path = tmp_path / "run" / "model.safetensors"
+    model = sd.load(path)
+    assert model.settings.layout_options == {"positions": 9, "middle": True} and model.settings.grid_trained
+    assert model.unet.layout.motion["0"].proj_out.weight.any(), "time was learned from the first step on"
+    done = run("sample.py", "a red circle moving right", "--ckpt", path, "--steps=2", "--out", tmp_path / "a.gif")
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    done = run("sample.py", "a red circle moving right", "--ckpt", path, "--frames=12")
+    assert done.returncode == 2 and "sample.py: frames must be <= 9, as many as the model" in done.stderr
+
+
+def test_a_fresh_one_is_said_to_be_untrained(micro, tmp_path, run):
+    done = run("sample.py", "a", "--ckpt", micro, "--layout=temporal", "--steps=1", "--out", tmp_path / "a.gif")
+    assert done.returncode == 0, done.stderr
+    assert "was trained with the layout 'grid', not 'temporal'" in done.stderr
+    assert "layers over time were never trained" in done.stderr and "never saw a grid" not in done.stderr
