@@ -99,7 +99,8 @@ def claim_paths(out: str, videos: list[tuple[str, int]], still: bool) -> list[st
     """
     stem, kind = (out, "") if os.path.isdir(out) else os.path.splitext(out)
     if kind and kind.lower() not in WRITERS:
-        raise ValueError(f"out must be a folder, or end in {', '.join(WRITERS)} (a new folder with a dot: in /), got {out!r}")
+        raise ValueError(f"out must be a folder, or end in {', '.join(WRITERS)}, got {out!r}; "
+                         "a new folder with a dot in its name must end in /")
     digits = max(3, len(str(len(videos) - 1)))  # sorted by name, files are in the order of the prompts
     claimed = []
     try:
