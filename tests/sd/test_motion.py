@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import MotionAdapter, UNetMotionModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from PIL import Image
 from references import error, inputs, reference, save_reference, shake
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sd
 from grid import fold
+from sample import read_lora
 from sd.motion import motion_names
 from sd.presets import MICRO, SD15
 
@@ -240,3 +242,42 @@ def test_a_folder_of_something_else(base, folder, tmp_path, key, value):
 def test_another_layout_cannot_have_them(base, folder):
     with pytest.raises(ValueError, match="motion modules make the layout 'temporal'"):
         sd.load(base, motion=folder, layout="grid")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_a_video_with_motion_modules_and_loras(run, base, folder, tmp_path):
+    out, lora = tmp_path / "a.gif", str(tmp_path / "style.safetensors")
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    save_file({f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(32, 2)}, lora)
+    done = run("sample.py", "a boat", "--ckpt", base, "--motion", folder, f"--lora={lora}:-.5", "--lora", lora,
+               "--steps=1", "--out", out)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    with Image.open(out) as video:
+        assert video.n_frames == 16 and video.size == (64, 64)
+        told = json.loads(video.info["comment"])
+    assert told["motion"] == {"from": os.path.basename(folder)}
+    assert told["lora"] == [{"from": "style.safetensors", "scale": -0.5}, {"from": "style.safetensors", "scale": 1.0}]
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--frames=36"], "sample.py: frames must be <= 32, as many as the model numbers in time, got 36\n"),
+    (["--layout=grid"], "sample.py: motion modules make the layout 'temporal' and bring its options"),
+    (["--lora=none.safetensors:0.5"], "sample.py: none.safetensors cannot be read: No such file or directory\n"),
+    (["--lora=none.safetensors:x"], "sample.py: none.safetensors:x cannot be read: No such file or directory\n"),
+])
+def test_what_cannot_be_takes_one_line(run, base, folder, options, says):
+    done = run("sample.py", "a boat", "--ckpt", base, "--motion", folder, *options)
+    assert done.returncode == 2 and done.stderr.startswith(says) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_only_a_number_at_the_end_is_a_scale(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "take:2").touch()
+    for text, expected in {
+        "a.pt": ("a.pt", 1), "a.pt:0.5": ("a.pt", 0.5), "a.pt:-2": ("a.pt", -2), "C:\\a.pt": ("C:\\a.pt", 1),
+        "C:\\a.pt:1.5": ("C:\\a.pt", 1.5), "take:2": ("take:2", 1), "take:2:.5": ("take:2", 0.5),
+    }.items():
+        assert read_lora(text) == expected
