@@ -34,6 +34,7 @@ class Options:
     values: tuple[int, ...] = option((1, 2), low=1)
     mix: dict = option({"a": 1})
     kind: str = option("one", choices=("one", "two"))
+    also: tuple[str, ...] = option((), "more words", repeat=True)
     loud: bool = option(False, "say it loudly")
     deep: bool = option(True)
 
@@ -48,6 +49,7 @@ class Options:
     ("--values 4", Options(values=(4,))),
     ("--values=[4,8]", Options(values=(4, 8))),
     ("--mix {'b':2}", Options(mix={"b": 2})),
+    ("--also a,b x --also=c y --also a:2", Options(words=("x", "y"), also=("a,b", "c", "a:2"))),
     ("--loud a", Options(words=("a",), loud=True)),
     ("--loud=True --deep=False", Options(loud=True, deep=False)),
     ("--kind two", Options(kind="two")),

@@ -40,7 +40,7 @@ def third_party(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("folder, extras", [
-    ("*.py", ()), ("layers/*.py", ()), ("sd/*.py", ()), ("clips/*.py", ()), ("training/*.py", ()),
+    ("*.py", ()), ("layers/*.py", ()), ("beyond/*.py", ()), ("sd/*.py", ()), ("clips/*.py", ()), ("training/*.py", ()),
     ("lab/**/*.py", ("dev",)), ("tests/**/*.py", ("dev",)),
 ])
 def test_what_is_imported_is_declared(folder, extras):
