@@ -120,7 +120,8 @@ def assemble(source: Source, device, dtype, motion: str | None = None) -> Model:
     configs = {}
     for part, read in (("unet", unet_config), ("vae", vae_config), ("text", text_config)):
         shapes = {n: weights.shapes[theirs[0]] for n, theirs in pieces[part].items() if theirs[0] in weights.shapes}
-        configs[part] = replace(read(Shapes(shapes, f"{what} ({part})")), **source.told[part])
+        named = Shapes(shapes, what, lambda n, part=part: pieces[part].get(n, [file_name(part, n)])[0])
+        configs[part] = replace(read(named), **source.told[part])
     if not configs["unet"].fps_embedding and "fps_embedding" not in source.told["unet"]:
         configs["unet"] = replace(configs["unet"], fps_embedding=True)
         source.fresh += ("time_proj.", "fps_proj.")

@@ -64,12 +64,12 @@ def open_weights(path: str) -> Opened:
         raise damaged(path, error) from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    zipped = start.startswith(b"PK\3\4")
-    if zipped or LEGACY in start[:32]:
-        tensors = named_tensors(path, read_pickle(path, zipped))
-        return Opened(tensors.__getitem__, {name: tuple(t.shape) for name, t in tensors.items()}, {}, zipped)
-    raise ValueError(f"{path} is neither a safetensors file nor a PyTorch checkpoint (.ckpt): it is "
-                     + (what_else(path, start) if regular else "no file but a pipe, device or folder"))
+    if start.startswith(b"PK\3\4") or LEGACY in start[:32]:
+        content, mapped = read_pickle(path, start.startswith(b"PK"))
+        tensors = named_tensors(path, content)
+        return Opened(tensors.__getitem__, {name: tuple(t.shape) for name, t in tensors.items()}, {}, mapped)
+    raise ValueError(f"{path} is neither a safetensors file nor a PyTorch checkpoint (.ckpt): it "
+                     + (what_else(path, start) if regular else "is a pipe, a device or a folder"))
 
 
 def damaged(path: str, error: Exception) -> ValueError:
@@ -81,19 +81,20 @@ def what_else(path: str, start: bytes) -> str:
     seems = [what for begins, what in OTHERS.items() if start.startswith(begins)]
     seems += [what for ending, what in ENDINGS.items() if path.lower().endswith(ending)]
     seems += ["a tar archive, as torch.save wrote before 2017, perhaps"] * (start[257:262] == b"ustar")
-    seems += ["text, a web page instead of the download perhaps"] * start.decode("utf-8", "ignore").isprintable()
-    return (f"{seems[0]} " if seems and start else "") + (f"(it begins with {start[:24]!r})" if start else "empty")
+    words = "".join(start.decode("utf-8", "ignore").split())
+    seems += ["text, a web page instead of the download perhaps"] * (words.isprintable() and len(words) > 2)
+    return (f"is {seems[0]}, and " if seems else "") + (f"begins with {start[:24]!r}" if start else "is empty")
 
 
 def read_pickle(path: str, zipped: bool):
-    """What torch.save wrote, mapped where it is a zip archive, as it is since torch 1.6. Raises ValueError."""
+    """What torch.save wrote, and whether it is mapped: zip archives are, as since torch 1.6. Raises ValueError."""
+    mapped = zipped and not path.endswith(".safetensors")  # torch goes by the name
+    if zipped:
+        check_archive(path)
     try:
-        others = []
-        if zipped:
-            check_archive(path)
-            others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Inert, name) for name in others]):
-            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        with torch.serialization.safe_globals([(Inert, name) for name in others]), open(path, "rb") as file:
+            return torch.load(path if mapped else file, map_location="cpu", mmap=mapped, weights_only=True), mapped
     except OSError:
         raise
     except Exception as error:  # what is damaged or hostile makes an unpickler fail in any way
@@ -103,16 +104,19 @@ def read_pickle(path: str, zipped: bool):
 
 
 def check_archive(path: str):
-    """Raise RuntimeError on a zip archive that torch.save did not write."""
-    with zipfile.ZipFile(path) as file:
-        entries = file.infolist()
+    """Raise ValueError on a zip archive that torch.save did not write."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise damaged(path, error) from error
     names = {entry.filename.partition("/")[2] for entry in entries}
     if "constants.pkl" in names:
-        raise RuntimeError("it is a program, a TorchScript archive")
+        raise ValueError(f"{path} is a program, a TorchScript archive; {EXPECTED}")
     if "data.pkl" not in names:
-        raise RuntimeError("it is a zip archive of other things: unpack it")
+        raise ValueError(f"{path} is a zip archive of other things: unpack it, and give the checkpoint in it")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise RuntimeError("it was compressed: unpack it, and pack it again without compression")
+        raise ValueError(f"{path} was compressed after torch.save wrote it: unpack it, and pack it without compression")
 
 
 def named_tensors(path: str, content) -> dict[str, torch.Tensor]:

@@ -100,7 +100,7 @@ IGNORED = (
     "model_ema.*", "first_stage_model.model_ema.*", "first_stage_model.loss.*", "global_step",  # of training
     "*embeddings.position_ids", "*attn_mask",  # 0, 1, 2...; the causal mask
     "*logit_scale", "*text_projection.weight", "cond_stage_model.transformer.text_projection",  # of CLIP's loss
-    "*_model.model.visual.*", "*.vision_model.*", "*.visual_projection.*",  # its image tower
+    "*_model.model.visual.*", "*vision_model.*", "*visual_projection.*",  # its image tower
 )
 # What changes the words or the weights of a model when a tool adds it, and is left out with a warning.
 ADDITIONS = ("lora_*", "bundle_emb.*", "embedding_manager.*")

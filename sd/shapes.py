@@ -28,12 +28,25 @@ class Named(dict):
         raise ValueError(f"{self.file} has no {key}; {EXPECTED}")
 
 
-class Shapes(Named):
-    """The shapes of tensors by name. One that is empty counts as missing, one of too few sides as of length 1."""
+class Shapes(dict):
+    """The shapes of a network's tensors by their names in it.
 
-    def __init__(self, items, file: str):
+    One that is empty counts as missing, which is a fault of the file; one of less than two sides gets sides of 1.
+
+    theirs  our name -> name in the file
+    """
+
+    def __init__(self, items, file: str, theirs):
         whole = {name: shape for name, shape in items.items() if 0 not in shape}
-        super().__init__({name: (*shape, 1, 1)[: max(2, len(shape))] for name, shape in whole.items()}, file)
+        super().__init__({name: (*shape, 1, 1)[: max(2, len(shape))] for name, shape in whole.items()})
+        self.file, self.theirs = file, theirs
+
+    def __missing__(self, key):
+        raise ValueError(f"{self.file} lacks {self.theirs(key)}; {EXPECTED}")
+
+    def has(self, layer: str) -> bool:
+        """Whether there is any tensor of a layer."""
+        return any(name.startswith(layer + ".") for name in self)
 
 
 def count(shapes, prefix: str) -> int:
@@ -56,11 +69,11 @@ def unet_config(shapes) -> UNetConfig:
                          f"and gives {latent}; {EXPECTED}")
     widths, blocks, attention = [[]], 0, set()
     for i in range(1, count(shapes, "input_blocks.")):
-        if f"input_blocks.{i}.0.op.weight" in shapes:
+        if shapes.has(f"input_blocks.{i}.0.op"):
             widths.append([])
             continue
         widths[-1].append(shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0])
-        if f"input_blocks.{i}.1.norm.weight" in shapes:
+        if shapes.has(f"input_blocks.{i}.1"):
             attention.add(len(widths) - 1)
         blocks = max(blocks, len(widths[-1]))
     return UNetConfig(

@@ -149,7 +149,7 @@ FIXED = {  # what a folder's config.json may say of things that our networks do 
     "unet": {"_class_name": ("UNet2DConditionModel",), "act_fn": ("silu", "swish"), "norm_eps": (1e-5,),
              "flip_sin_to_cos": (True,), "freq_shift": (0,), "downsample_padding": (1,), "class_embed_type": (None,),
              "center_input_sample": (False,), "mid_block_scale_factor": (1,), "addition_embed_type": (None,),
-             "time_cond_proj_dim": (None,), "only_cross_attention": (False, [False] * 4)},
+             "time_cond_proj_dim": (None,), "only_cross_attention": (False, *([False] * n for n in range(1, 6)))},
     "vae": {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "shift_factor": (None,)},
     "text_encoder": {"model_type": ("clip_text_model",), "layer_norm_eps": (1e-5,)},
     "scheduler": {"num_train_timesteps": (1000,), "trained_betas": (None, [])},
@@ -236,7 +236,8 @@ def read_folder(path: str, origin: str) -> Source:
             weights.add(file, f"{part}/")
     shapes = weights.shapes
     old = "vae/encoder.mid_block.attentions.0.query.weight" in shapes
-    home = "text_encoder/" + ("text_model." if any(n.startswith("text_encoder/text_model.") for n in shapes) else "")
+    inside = any(name.startswith("text_encoder/text_model.encoder.") for name in shapes)  # before transformers 5
+    home = "text_encoder/text_model." if inside else "text_encoder/"
     levels, levels_of_vae = count(shapes, "unet/down_blocks."), count(shapes, "vae/encoder.down_blocks.")
     names = {
         "unet": parameters(unet_layers(levels, count(shapes, "unet/down_blocks.0.resnets.")), "unet/"),

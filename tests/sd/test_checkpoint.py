@@ -22,7 +22,7 @@ from sd import Settings, build, checkpoint, load, save, sources
 from sd.checkpoint import model_tensors
 from sd.presets import MICRO, TINY, ModelConfig
 from sd.settings import LAYOUTS
-from sd.text import TextConfig
+from sd.text import TextConfig, TextEncoder
 from sd.vae import VAEConfig
 
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -491,7 +491,7 @@ def test_what_a_foreign_file_seems_to_be(tmp_path, names, what):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "neither a safetensors file nor a PyTorch checkpoint.*it is empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid", "it begins with b'version https://git-lfs"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer.* begins with b'version https://git-lfs"),
     (b"PK\3\4 and then nothing of a checkpoint", "not whole"),
     (b"\x40\0\0\0\0\0\0\0{ this is not JSON", "not whole"),
 ])
@@ -524,7 +524,8 @@ def test_ckpt_that_is_no_dict(tmp_path):
 
 def test_parts_that_do_not_belong_together(tensors, tmp_path):
     path = str(tmp_path / "model.safetensors")
-    wide = build(ModelConfig(TINY.unet, TINY.vae, replace(TINY.text, width=128)), Settings())
+    wide = build(TINY, Settings())
+    wide.text = TextEncoder(replace(TINY.text, width=128))
     save(wide, path)
     with pytest.raises(ValueError, match="text tower gives 128 channels, the UNet takes 64"):
         load(path)
