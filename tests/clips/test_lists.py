@@ -91,9 +91,10 @@ def test_label_names_with_synonyms(tmp_path):
     (tmp_path / "n01440764").mkdir()
     (tmp_path / "sea_lion").mkdir()
     assert Items("label", str(tmp_path))[1].captions == ("sea lion",)
-    (tmp_path / "names.txt").write_text("n01440764 tench, Tinca tinca\n")
-    items = Items("label", str(tmp_path / "names.txt"))
-    assert [items[i] for i in range(len(items))] == [Item(("tench", "Tinca tinca"), str(tmp_path / "n01440764"))]
+    for name in ("names.txt", "names.csv"):
+        (tmp_path / name).write_text("n01440764 tench, Tinca tinca\n")
+        items = Items("label", str(tmp_path / name))
+        assert [items[i] for i in range(len(items))] == [Item(("tench", "Tinca tinca"), str(tmp_path / "n01440764"))]
 
 
 def read(folder, text, name="list.csv"):
