@@ -18,7 +18,7 @@ from cli import option
 from clips.write import claim_paths, playback_fps, release, write_video
 from grid import fold, grid_shape, unfold
 from sd.device import DTYPES, at_work, check_memory, has_room, pick_device, pick_dtype, require_finite
-from sd.settings import BETA_SCHEDULES, LAYOUTS
+from sd.settings import LAYOUTS
 from sd.vae import decode
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,13 +37,7 @@ class NoiseSchedule:
     timesteps = 1000
 
     def __init__(self, settings: sd.Settings):
-        known = {"prediction": ("epsilon", "v"), "spacing": ("leading", "trailing"),
-                 "beta_schedule": BETA_SCHEDULES}
-        for name, values in known.items():
-            if getattr(settings, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(settings, name)!r}")
-        if settings.zero_snr and settings.prediction != "v":
-            raise ValueError('zero_snr needs prediction "v": at pure noise, ε says nothing of x_0')
+        settings.check()
         root = 0.5 if settings.beta_schedule == "scaled_linear" else 1
         first, last = settings.beta_start**root, settings.beta_end**root
         betas = torch.linspace(first, last, self.timesteps, dtype=torch.float64) ** (1 / root)

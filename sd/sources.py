@@ -139,6 +139,9 @@ def own_settings(path: str, text: str) -> tuple[Settings, dict[str, dict]]:
         raise ValueError(f"{path}: its settings (the header's `etc`) are damaged: they lack {error}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: its settings (the header's `etc`) are damaged: {one_line(error)}") from error
+    strange = header.keys() - known - {"architecture", "text_pad_id", "mixed_embedding", "fps_embedding"}
+    if strange:
+        warn(f"{path}: its header says {', '.join(sorted(strange))}, not known here: is it of a newer version?")
     for part, values_of_part in told.items():
         for name in values_of_part.keys() - {*SHAPELESS[part], "fps_embedding"}:
             raise ValueError(f"{path}: its {part} says {name!r}, which is not known here: is it of a newer version?")
