@@ -13,12 +13,13 @@ import tracemalloc
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from clips.decode import Bad
-from clips.lists import Item, Items, Records, image_names
+from clips.lists import Item, Items, Records, image_names, line_starts
 from clips.samples import LiveClips, Spec
 
 
@@ -215,6 +216,13 @@ def test_no_row_is_lost_however_it_is_quoted(place, text):
     else:
         with pytest.raises(ValueError, match="a quote is not closed"):
             rows_read(place / "list.csv")
+
+
+@given(st.text(st.sampled_from("a\r\n"), max_size=12), st.integers(1, 4))
+def test_lines_begin_at_the_same_bytes_however_large_the_chunks(text, chunk):
+    lines = io.StringIO(text, newline="").readlines()
+    starts = np.cumsum([0, *map(len, lines)])[:-1].tolist()
+    assert line_starts(np.frombuffer(text.encode(), np.uint8), chunk).tolist() == starts
 
 
 def rows_read(path):
