@@ -195,6 +195,28 @@ def test_an_interrupted_update_leaves_the_folder_whole_and_goes_on(model, tmp_pa
     assert os.listdir(out).count("former") == 0
 
 
+def test_an_interrupted_encoding_goes_on_though_its_list_has_grown(model, tmp_path):
+    """Where the last of its files was not full, its items are added to it."""
+    folder, labels, out = tmp_path / "images", tmp_path / "labels" / "dog", str(tmp_path / "encoded")
+    folder.mkdir()
+    labels.mkdir(parents=True)
+    write_image(labels, "1", 1)
+    for n in range(4):
+        write_image(folder, f"{n}", n, f"caption {n}")
+    lists = {"caption": str(folder), "label": str(tmp_path / "labels")}
+    hook = stopping_after(model, 4)
+    with pytest.raises(KeyboardInterrupt):
+        encode(model, lists, out, SPEC)
+    hook.remove()
+    index = Path(out + ".part", "index.jsonl")
+    line = index.read_bytes().splitlines(keepends=True)[0].replace(b"caption-", b"label-")
+    index.write_bytes(index.read_bytes() + line.replace(b'"source": "caption"', b'"source": "label"'))  # begun
+    write_image(folder, "4", 4, "caption 4")
+    encode(model, lists, out, SPEC)
+    encode(model, lists, out + ".fresh", SPEC)
+    assert_same(out, out + ".fresh")
+
+
 def test_an_update_that_ended_between_its_two_renames_goes_on(model, tmp_path, run, micro):
     folder, out = tmp_path / "images", tmp_path / "encoded"
     folder.mkdir()
