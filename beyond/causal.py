@@ -1,10 +1,10 @@
 """Multi-scale causal attention: frames one by one, and each sees averages of those before it.
 
-A reconstruction of MSC (Xu et al. 2024, arXiv 2412.09828), of which no code and no formula was found. Known from its
-abstract: a fine branch with local attention and a coarse one with global, a causal mask over frames, a timestep for
-every frame, and scales that are weighed by the timestep, because noise destroys fine detail first. Ours is all else:
-that Stable Diffusion's own projections serve both branches, the gate, the two sizes of squares, the formula of the
-weights, the band, and the cache.
+A reconstruction of MSC (arXiv 2412.09828), of which no code and no formula was found. Known from its abstract: a fine
+branch with local attention and a coarse one with global, a causal mask over frames, a timestep for every frame, and
+scales that are weighed by the timestep, because noise destroys fine detail first. Ours is all else: that Stable
+Diffusion's own projections serve both branches, the gate, the two sizes of squares, the formula of the weights, the
+band, and the cache.
 
     out = O_own + g(emb) (O_far - O_own)                    g is linear, a number a head, zero at first
     O_far: softmax over the squares of the last W frames, logits + log n + log max(λ, 0.0001) + learned
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from beyond.pooled import pool
+from beyond.temporal import attended_widths
 from embed import timestep_embedding
 from model import Attention, Clip, Grid, UNet, UNetConfig, attention, split_heads
 
@@ -29,9 +30,9 @@ NUMBERED = 256  # a training clip begins with a frame of any number below this, 
 class Causal(Grid):
     """A frame sees itself in full and the `window` frames before it in squares. A fresh one changes nothing.
 
-    window          frames, in training and in sampling
-    kept            ρ of small and large squares; by default that of the shipped VAE's latents of the toy world
-    alphas_cumprod  ᾱ of all timesteps
+    window                  frames, in training and in sampling
+    kept_small, kept_large  ρ of the two sizes of squares; by default that of the shipped VAE's latents of the toy world
+    alphas_cumprod          ᾱ of all timesteps
 
     Frames are numbered: α ∘ sinusoid(number) is added to the normed input of attn1, α zero at first. Raises ValueError
     on options that are out of range.
@@ -40,13 +41,15 @@ class Causal(Grid):
     name = "causal"
     per_frame = True
 
-    def __init__(self, cfg: UNetConfig, window: int = 8, kept: tuple[float, float] = (0.66, 0.51), *, alphas_cumprod):
+    def __init__(self, cfg: UNetConfig, window: int = 8, kept_small: float = 0.66, kept_large: float = 0.51, *,
+                 alphas_cumprod):
         super().__init__()
         if type(window) is not int or window < 1:
             raise ValueError(f"window must be a whole number >= 1, got {window!r}")
-        if len(kept) != len(SIDES) or not all(0 < share <= 1 for share in kept):
-            raise ValueError(f"kept must be two shares, each above 0 and at most 1, got {kept!r}")
-        self.window, self.kept = window, tuple(kept)
+        for name, share in (("kept_small", kept_small), ("kept_large", kept_large)):
+            if not (isinstance(share, (int, float)) and 0 < share <= 1):
+                raise ValueError(f"{name} must be > 0 and <= 1, got {share!r}")
+        self.window, self.kept = window, (kept_small, kept_large)
         self.register_buffer("alphas_cumprod", alphas_cumprod.clone())
         self.blocks = nn.ModuleDict({str(number): CausalBlock(channels, 4 * cfg.channels, cfg.heads(channels))
                                      for number, channels in attended_widths(cfg).items()})
@@ -111,15 +114,6 @@ class CausalBlock(nn.Module):
     @property
     def branch_end(self):
         return self.gate
-
-
-def attended_widths(cfg: UNetConfig) -> dict[int, int]:
-    """The channels of every block with attention, by its number in order of execution."""
-    levels, last = range(len(cfg.channel_mult)), len(cfg.channel_mult) - 1
-    down = [level for level in levels for _ in range(cfg.num_res_blocks)]
-    up = [level for level in reversed(levels) for _ in range(cfg.num_res_blocks + 1)]
-    return {number: cfg.channels * cfg.channel_mult[level] for number, level in enumerate([*down, last, *up])
-            if level in cfg.attention_levels or number == len(down)}
 
 
 def frame_numbers(clip: Clip, T: int):

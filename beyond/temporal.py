@@ -46,9 +46,20 @@ class Temporal(Grid):
 
 def hooked_widths(cfg: UNetConfig) -> list[int]:
     """Channels behind each block that a layout's `after` is called for, in order of execution."""
-    widths = [cfg.channels * m for m in cfg.channel_mult]
-    down = [width for width in widths for _ in range(cfg.num_res_blocks)]
-    return [*down, widths[-1], *(width for width in reversed(widths) for _ in range(cfg.num_res_blocks + 1))]
+    return [cfg.channels * cfg.channel_mult[level] for level in hooked_levels(cfg)]
+
+
+def attended_widths(cfg: UNetConfig) -> dict[int, int]:
+    """Channels of those of them that have a transformer, by number."""
+    return {number: width for number, (level, width) in enumerate(zip(hooked_levels(cfg), hooked_widths(cfg)))
+            if level in cfg.attention_levels or number == middle_number(cfg)}
+
+
+def hooked_levels(cfg: UNetConfig) -> list[int]:
+    """The level of each of them."""
+    levels = range(len(cfg.channel_mult))
+    down = [level for level in levels for _ in range(cfg.num_res_blocks)]
+    return [*down, levels[-1], *(level for level in reversed(levels) for _ in range(cfg.num_res_blocks + 1))]
 
 
 def middle_number(cfg: UNetConfig) -> int:

@@ -8,6 +8,7 @@ import torch
 import cli
 from beyond.causal import Causal
 from beyond.pooled import Pooled
+from beyond.swap import Swap
 from beyond.temporal import Temporal
 from cli import option
 from grid import grid_shape
@@ -18,7 +19,8 @@ from sd.vae import AutoencoderKL
 
 # Ways to see time, by name: what makes the layout object, a function of the UNet's config and of the layout's options,
 # each with a default; what else it needs of the settings are keyword-only arguments. New ones are registered here.
-LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal, "pooled": Pooled, "causal": Causal}
+LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal, "pooled": Pooled, "causal": Causal,
+           "swap": Swap}
 BETA_SCHEDULES = ("scaled_linear", "linear")  # linear in sqrt(beta), as Stable Diffusion's; linear in beta
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import sd
-from beyond.causal import SIDES, Causal, Past, attended_widths, frame_numbers
-from beyond.temporal import hooked_widths
+from beyond.causal import SIDES, Causal, Past, frame_numbers
+from beyond.temporal import attended_widths, hooked_widths
 from embed import timestep_embedding
 from grid import fold, unfold
 from model import Attention, Clip, SpatialTransformer, UNet
@@ -56,7 +56,7 @@ def test_it_is_the_formula_written_out(height, width):
     B, T, C, heads, window, kept = 2, 4, 8, 2, 2, (0.7, 0.4)
     config = replace(TINY.unet, channels=C, channel_mult=(1,), attention_levels=(), head_width=4)
     torch.manual_seed(0)
-    layout, attn = Causal(config, window, kept, alphas_cumprod=ALPHAS), Attention(C, C, heads)
+    layout, attn = Causal(config, window, *kept, alphas_cumprod=ALPHAS), Attention(C, C, heads)
     for p in layout.parameters():
         nn.init.normal_(p)
     attn.number, block = 1, layout.blocks["1"]
@@ -106,8 +106,8 @@ def test_every_self_attention_has_its_block(config):
 
 
 @pytest.mark.parametrize("options, says", [
-    ({"window": 0}, "window must be a whole number >= 1, got 0"), ({"kept": (0.5,)}, "kept must be two shares"),
-    ({"kept": (0.5, 1.5)}, "kept must be two shares"),
+    ({"window": 0}, "window must be a whole number >= 1, got 0"), ({"kept_small": 0}, "kept_small must be > 0"),
+    ({"kept_large": 1.5}, "kept_large must be > 0 and <= 1, got 1.5"),
 ])
 def test_options_out_of_range_are_told(options, says):
     with pytest.raises(ValueError, match=says):

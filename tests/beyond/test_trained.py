@@ -1,0 +1,57 @@
+"""Every layout trains, saves, loads and samples; and a new one is a class."""
+
+import numpy as np
+import pytest
+import torch
+
+import sd
+from grid import fold
+from model import Grid
+from sample import NoiseSchedule, Request, generate
+from sd.presets import MICRO
+from sd.settings import LAYOUTS
+
+
+class Blind(Grid):
+    """What a layout of three lines can be: frames one by one, without time."""
+
+    name = "blind"
+    per_frame = True
+
+
+@pytest.fixture
+def layouts(monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "blind", lambda cfg: Blind())
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "blind"])
+def test_it_trains_saves_loads_and_samples(layout, layouts, tmp_path):
+    torch.manual_seed(0)
+    settings = sd.Settings(prediction="v", zero_snr=True, layout=layout, frames=4, width=32, height=32, fps=8,
+                           fps_trained=(8,), grid_trained=True)
+    model = sd.build(MICRO, settings)
+    unet, schedule, grid = model.unet, NoiseSchedule(settings), (2, 2)
+    unet.checkpointing = True
+    # four frames of one colour each, and a square that moves
+    x0 = torch.randn(4, 1, 4, 1, 1).expand(4, 4, 4, 4, 4).clone()
+    for t in range(4):
+        x0[:, t, :, 1:3, t] *= -1
+    x0, eps, t = fold(x0, *grid), torch.randn(4, 4, 8, 8), torch.tensor([999, 700, 500, 300])
+    context, fps = torch.randn(4, 7, MICRO.unet.context_dim), torch.full((4,), 8.0)
+    before = [p.clone() for p in unet.layout.parameters()]
+    optimizer, losses = torch.optim.AdamW(unet.parameters(), 3e-3), []
+    for _ in range(12):
+        error = unet(schedule.add_noise(x0, eps, t), t, context, fps, grid) - schedule.target(x0, eps, t)
+        losses.append(error.square().mean())
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+    assert not any(torch.equal(a, b) for a, b in zip(before, unet.layout.parameters()))
+
+    path = str(tmp_path / "model.safetensors")
+    sd.save(model, path)
+    loaded = sd.load(path)
+    assert loaded.settings == model.settings and loaded.settings.layout == loaded.unet.layout.name == layout
+    videos = [generate(m, Request("a red circle", steps=2)) for m in (model, loaded)]
+    assert np.array_equal(*videos) and videos[0].shape == (1, 4, 32, 32, 3)
