@@ -264,18 +264,21 @@ P3 = np.array([[0.51512, 0.24120, -0.00105], [0.29198, 0.69225, 0.04189], [0.157
 SRGB = np.array([[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.71410]])
 
 
-def icc(space, **tags):
-    """A display profile of ICC version 2: XYZ triples by tag, a number for a curve's gamma."""
+def icc(space, connection=b"XYZ ", **tags):
+    """A profile of ICC version 2: XYZ triples by tag, a number for a curve's gamma, bytes for what else."""
     table, body = b"", b""
     for name, value in {"wtpt": (0.9642, 1, 0.8249), **tags}.items():
-        if isinstance(value, (int, float)):
+        if isinstance(value, bytes):
+            data = value
+        elif isinstance(value, (int, float)):
             data = b"curv" + struct.pack(">IIH", 0, 1, round(value * 256)) + b"\0\0"
         else:
             data = b"XYZ " + struct.pack(">I3i", 0, *(round(v * 65536) for v in value))
         table += name.encode() + struct.pack(">II", 132 + 12 * (len(tags) + 1) + len(body), len(data))
         body += data
     data = struct.pack(">I", len(tags) + 1) + table + body
-    head = struct.pack(">I4sI4s4s4s", 128 + len(data), b"lcms", 0x02400000, b"mntr", space, b"XYZ ") + bytes(12)
+    head = struct.pack(">I4sI4s4s4s", 128 + len(data), b"lcms", 0x02400000, b"prtr" if space == b"CMYK" else b"mntr",
+                       space, connection) + bytes(12)
     return head + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48) + data
 
 
@@ -311,6 +314,17 @@ def test_a_profile_that_is_broken_or_of_another_kind_changes_nothing(tmp_path, p
     assert (shown(tmp_path / "a.png", 16, 16) == a).all()
 
 
+def test_the_profile_of_cmyk_says_what_ink_looks_like(tmp_path):
+    """Of a printer whose K alone is seen: Lab (100 (1 - K), 0, 0)."""
+    ramps, matrix = bytes(range(256)), struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramps * 4 + bytes([255, 128, 128, 0, 128, 128]) * 8 + ramps * 3
+    a = np.random.default_rng(0).integers(0, 255, (16, 16, 4), np.uint8)
+    Image.fromarray(a, "CMYK").save(tmp_path / "gray.tif", icc_profile=icc(b"CMYK", b"Lab ", A2B0=table))
+    root = (100 * (1 - a[..., 3:] / 255) + 16) / 116
+    expected = srgb_of(np.where(root > 6 / 29, root**3, (root - 4 / 29) * 108 / 841))
+    assert np.abs(shown(tmp_path / "gray.tif", 16, 16) - expected).max() <= 3
+
+
 def test_cmyk_of_photoshop_is_not_inverted(tmp_path):
     image = Image.new("CMYK", (16, 16), (0, 217, 217, 55))  # red
     image.save(tmp_path / "cmyk.jpg", quality=100)  # with Adobe's marker, and inverted, as theirs
@@ -322,9 +336,18 @@ def test_cmyk_of_photoshop_is_not_inverted(tmp_path):
 # No images
 
 
-def test_damaged_exif_data_leave_the_picture_as_it_lies(tmp_path):
-    Image.fromarray(corners(0)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12", quality=95)
+@pytest.mark.parametrize("data", [b"garbage" * 9, b"MM\0*\0\0\0\x08\xff\xff\x01\x12", b"MM"])
+def test_damaged_exif_data_leave_the_picture_as_it_lies(tmp_path, data):
+    Image.fromarray(corners(0)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + data, quality=95)
     assert colors(fit_image(str(tmp_path / "a.jpg"), 48, 32, View())) == ["red", "green", "blue", "white"]
+
+
+def test_a_damaged_tag_beside_it_does_not_hide_a_turn(tmp_path):
+    tags = [(0x0107, 2, 5, 0x32000000), (0x0112, 3, 1, 6 << 16)]  # text where a number belongs; a quarter clockwise
+    data = b"MM\0*\0\0\0\x08\0\x02" + b"".join(struct.pack(">HHII", *tag) for tag in tags) + bytes(4) + b"make\0"
+    data = data.replace(struct.pack(">I", 0x32000000), struct.pack(">I", len(data) - 5))
+    Image.fromarray(corners(0)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + data, quality=95)
+    assert colors(fit_image(str(tmp_path / "a.jpg"), 32, 48, View())) == ["blue", "red", "white", "green"]
 
 
 def test_what_is_no_image_is_bad(tmp_path):
@@ -339,6 +362,7 @@ def test_what_is_no_image_is_bad(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "noise.png").write_bytes(rng.bytes(5000))
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    Image.new("L", (16, 16)).save(tmp_path / "kind.png", "PCX")  # Pillow could, but it is nothing of that name
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "fifo.png")
     os.symlink("/dev/zero", tmp_path / "device.png")
