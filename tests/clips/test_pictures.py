@@ -317,7 +317,8 @@ def test_a_profile_that_is_broken_or_of_another_kind_changes_nothing(tmp_path, p
 def test_the_profile_of_cmyk_says_what_ink_looks_like(tmp_path):
     """Of a printer whose K alone is seen: Lab (100 (1 - K), 0, 0)."""
     ramps, matrix = bytes(range(256)), struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
-    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramps * 4 + bytes([255, 128, 128, 0, 128, 128]) * 8 + ramps * 3
+    colors = bytes([255, 128, 128, 0, 128, 128]) * 8
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramps * 4 + colors + ramps * 3
     a = np.random.default_rng(0).integers(0, 255, (16, 16, 4), np.uint8)
     Image.fromarray(a, "CMYK").save(tmp_path / "gray.tif", icc_profile=icc(b"CMYK", b"Lab ", A2B0=table))
     root = (100 * (1 - a[..., 3:] / 255) + 16) / 116
@@ -343,9 +344,9 @@ def test_damaged_exif_data_leave_the_picture_as_it_lies(tmp_path, data):
 
 
 def test_a_damaged_tag_beside_it_does_not_hide_a_turn(tmp_path):
-    tags = [(0x0107, 2, 5, 0x32000000), (0x0112, 3, 1, 6 << 16)]  # text where a number belongs; a quarter clockwise
-    data = b"MM\0*\0\0\0\x08\0\x02" + b"".join(struct.pack(">HHII", *tag) for tag in tags) + bytes(4) + b"make\0"
-    data = data.replace(struct.pack(">I", 0x32000000), struct.pack(">I", len(data) - 5))
+    tags = [(0x0107, 2, 5, 50), (0x0112, 3, 1, 6 << 16), (0x8769, 4, 1, 56)]  # text where a number belongs; a quarter
+    data = b"MM\0*\0\0\0\x08\0\x03" + b"".join(struct.pack(">HHII", *tag) for tag in tags) + bytes(4) + b"make\0\0"
+    data += b"\0\x01\x90\x03\0\x02\0\0\0\x05\0\0\0J" + bytes(4) + b"2020\0\0"
     Image.fromarray(corners(0)).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + data, quality=95)
     assert colors(fit_image(str(tmp_path / "a.jpg"), 32, 48, View())) == ["blue", "red", "white", "green"]
 
