@@ -68,10 +68,11 @@ def test_it_is_the_softmax_over_own_tokens_and_means_of_others(attn, T, height, 
 
 
 def test_squares_grow_with_the_distance_in_time(attn):
-    layout, h = Pooled(TINY.unet, pool=1, reach=2), torch.randn(1, 8, 16, C)
-    assert [layout.side(d) for d in (1, 2, 7, 8, 31, 32)] == [1, 2, 2, 4, 4, 8]
+    layout, h = Pooled(TINY.unet, squares=4, reach=2), torch.randn(1, 8, 16, C)
+    sides = [layout.side(4, d) for d in (1, 2, 7, 8, 31, 32)]
+    assert sides == [1, 2, 2, 4, 4, 8]
     found = layout.self_attention(attn, h, Clip((2, 4), None, None, torch.zeros(1, 4, 8, 16)))
-    assert close(found, written_out(attn, h, (2, 4), layout.side))
+    assert close(found, written_out(attn, h, (2, 4), lambda distance: layout.side(4, distance)))
     assert not close(found, Grid().self_attention(attn, h, None))
 
 
@@ -82,19 +83,20 @@ def test_squares_of_one_token_are_the_grid(attn, T, height, width):
     assert close(pooled_attention(attn, h, (rows, cols), lambda _: 1), Grid().self_attention(attn, h, None))
 
 
-@pytest.mark.parametrize("T, sides, pools", [
-    (16, 8, [True, False, False]),  # of 16 frames the largest level with attention alone
-    (18, 8, [True, True, True]),  # of more all; there, frames that are 16 apart see 2 x 2 tokens as one
-    (18, 4, [True, True, False]),  # cells of one token have nothing to pool
-    (1, 8, [False] * 3),
+@pytest.mark.parametrize("T, side, pools", [
+    (16, 16, [True, False, False]),  # of 16 frames the largest level with attention alone
+    (18, 16, [True, True, True]),  # of more all; there, frames that are 16 apart see 2 x 2 tokens as one
+    (18, 8, [True, True, False]),  # cells of 2 x 2 tokens have nothing to pool
+    (16, 4, [False] * 3),  # nor have the shipped model's
+    (1, 16, [False] * 3),
 ])
-def test_where_it_pools(T, sides, pools):
+def test_where_it_pools(T, side, pools):
     """Levels 0, 1 and 2 of a UNet with attention on all."""
     rows, cols = grid_shape(T)
-    layout, x = Pooled(UNetConfig(attention_levels=(0, 1, 2)), pool=4), torch.zeros(1, 4, rows * sides, cols * sides)
+    layout, x = Pooled(UNetConfig(attention_levels=(0, 1, 2)), squares=4), torch.zeros(1, 4, rows * side, cols * side)
     attn, clip = Attention(C, C, HEADS), Clip((rows, cols), None, None, x)
     for level, pooled in enumerate(pools):
-        h = torch.randn(1, rows * sides // 2**level, cols * sides // 2**level, C)
+        h = torch.randn(1, rows * side // 2**level, cols * side // 2**level, C)
         assert close(layout.self_attention(attn, h, clip), Grid().self_attention(attn, h, clip)) != pooled, level
 
 
@@ -104,17 +106,18 @@ def test_cells_that_are_no_whole_tokens_have_full_attention(attn):
 
 
 def test_the_shipped_model_takes_it_as_it_stands():
-    """No tensor is missing, and what comes out is near to what the grid gives."""
-    path = f"{ROOT}/weights/tiny.safetensors"
-    unet, out = sd.load(path, layout="pooled").unet, []
-    x, context = torch.randn(1, 4, 32, 32), torch.randn(1, 16, 64)
-    for layout in (Grid(), unet.layout):
-        unet.layout = layout
-        out.append(unet(x, torch.tensor([600]), context, torch.tensor([4.0]), (4, 4)))
-    assert 0 < (out[1] - out[0]).norm() / out[0].norm() < 0.4
+    """No tensor is missing; at its own size nothing is pooled, and at twice the size the output is near the grid's."""
+    unet = sd.load(f"{ROOT}/weights/tiny.safetensors", layout="pooled").unet
+    layouts = Grid(), unet.layout, Pooled(unet.cfg, squares=4)
+    for side, same in ((8, [True, True, True]), (16, [True, True, False])):
+        x, context, out = torch.randn(1, 4, 4 * side, 4 * side), torch.randn(1, 16, 64), []
+        for unet.layout in layouts:
+            out.append(unet(x, torch.tensor([600]), context, torch.tensor([4.0]), (4, 4)))
+        assert [torch.equal(out[0], other) for other in out] == same
+        assert all((other - out[0]).norm() < 0.4 * out[0].norm() for other in out)
 
 
-@pytest.mark.parametrize("options", [{"pool": 0}, {"reach": 2.5}])
+@pytest.mark.parametrize("options", [{"squares": 0}, {"reach": 2.5}])
 def test_options_out_of_range_are_told(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be a whole number >= 1, got"):
         Pooled(MICRO.unet, **options)
