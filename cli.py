@@ -64,7 +64,8 @@ def check(options):
         if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
             raise ValueError(f"{f.name} must be text without zero bytes, got {value!r}")
         if choices is not None and value is not None and value not in choices:
-            raise ValueError(f"{f.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+            known = ", ".join(str(choice) for choice in choices if choice not in ("", None))
+            raise ValueError(f"{f.name} must be one of {known}, got {value!r}")
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, (int, float)):
                 check_number(f.name, item, **{k: f.metadata.get(k) for k in ("low", "high", "above")})
@@ -181,7 +182,10 @@ def parse(kind, description: str, argv=None, **defaults):
 
 def unknown_option(name: str, kind) -> str:
     """The message about an option that a dataclass does not have."""
-    near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(kind)], n=1)
+    by_itself = [f.name for f in dataclasses.fields(kind) if f.metadata.get("positional")]
+    if name in by_itself:
+        return f"{name} is given by itself, without --{name}"
+    near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(kind) if f.name not in by_itself], n=1)
     return f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else " (see --help)")
 
 

@@ -33,7 +33,7 @@ class Options:
     size: tuple[int, int] = option((64, 64), metavar="WxH", read=cli.read_size)
     values: tuple[int, ...] = option((1, 2), low=1)
     mix: dict = option({"a": 1})
-    kind: str = option("one", choices=("one", "two"))
+    kind: str = option("one", choices=("", "one", "two"))
     also: tuple[str, ...] = option((), "more words", repeat=True)
     loud: bool = option(False, "say it loudly")
     deep: bool = option(True)
@@ -72,6 +72,8 @@ def test_command_lines(line, expected):
     ("--kind three", "kind must be one of one, two, got 'three'"),
     ("--loud=maybe", "--loud: must be True or False, got 'maybe'"),
     ("--step 3", "no option 'step'; did you mean 'steps'?"),
+    ("--words x", "words is given by itself, without --words"),
+    ("--word x", "no option 'word' (see --help)"),
     ("--xyzzy", "no option 'xyzzy' (see --help)"),
 ])
 def test_mistakes_say_what_and_where(line, says):
