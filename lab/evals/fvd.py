@@ -79,8 +79,8 @@ class EncodedVideos:
         lines = [line for line in self.items.lines("video", i) if line.get("fps") == self.fps and "bad" not in line]
         if not lines:
             raise Bad(f"not encoded at {self.fps:g} FPS")
-        line = lines[int(chosen_place(i, seed) * len(lines))]
-        mean = self.items.tensor(line["shard"], "moments", line["row"]).float().chunk(2, dim=1)[0]
+        sample = self.items.sample_of(lines[int(chosen_place(i, seed) * len(lines))])
+        mean = sample.data.float().chunk(2, dim=1)[0]
         return decode(self.model, mean[None] * self.model.settings.latent_scale)[0]
 
 
