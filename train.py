@@ -27,14 +27,14 @@ from clips.write import write_video
 from data import Batch, Faults, Stream, batches, generator
 from grid import fold, grid_shape
 from sample import NoiseSchedule, Request, generate
-from sd.device import NotFinite, pick_dtype, precision
+from sd.device import NotFinite, check_memory, pick_dtype, precision
 from training.checkpoints import claimed, load_run, newest_whole, save_run
 from training.config import Config, read_config
 from training.dry_run import dry_run
 from training.log import Log, commit, stamped
 from training.offload import OffloadAdamW
 from training.ranks import Interrupt, Ranks
-from training.setup import loss_of, make_model, make_ready, open_clips
+from training.setup import check_inputs, loss_of, make_model, make_ready, open_clips
 from training.vae import VAETask
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,11 +196,15 @@ MAX_BAD_STEPS = 10  # in a row
 
 
 def train(cfg: Config):
+    if not int(os.environ.get("RANK", 0)):
+        check_inputs(cfg)
     with Ranks(cfg.timeout) as ranks, claimed(cfg, ranks):
         cfg = in_precision(cfg, ranks)
         torch.manual_seed(cfg.seed)  # of fresh weights; everything later has generators of its own
         with ranks.patient("model and data"):
             model = make_model(cfg)
+            check_memory(model, cfg.frames if cfg.train == "unet" else 1, cfg.width, cfg.height, cfg.batch_size,
+                         ranks.device)
             lists = ranks.from_rank_0("lists", lambda: make_ready(cfg, model, ranks.device))
             task = TASKS[cfg.train](cfg, model, lists, ranks)
         run(cfg, ranks, task)

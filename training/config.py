@@ -34,15 +34,15 @@ class Config:
 
     # data
     toy: str = option("", "folder of the toy world, rendered when missing; its lists are used where none are given")
-    toy_clips: int = option(864, "videos of the toy world", low=0)
-    toy_images: int = option(16, "images per label of the toy world", low=0)
-    toy_captioned: int = option(720, "captioned images of the toy world", low=0)
+    toy_clips: int = option(864, "videos of the toy world", low=0, high=10**7)
+    toy_images: int = option(16, "images per label of the toy world", low=0, high=10**7)
+    toy_captioned: int = option(720, "captioned images of the toy world", low=0, high=10**7)
     toy_moving: bool = option(False, "half of the toy world's images are of something that moves, and say so")
     video: str = option("", "list of clips: CSV, JSON lines, MSR-VTT's json, or a folder (see docs/data.md)")
     label: str = option("", "folder of a folder of images per label, or a file of their names")
     caption: str = option("", "list of captioned images")
     encoded: str = option("", "folder of encoded clips, made when missing; without, clips are decoded while training")
-    workers: int = option(0, "processes that read ahead; decoding while training wants them", low=0)
+    workers: int = option(0, "processes that read ahead; decoding while training wants them", low=0, high=256)
     max_bad: float = option(0.1, "share of the samples that may be unusable", low=0, high=1)
     mix: dict = option({"video": 2, "label": 1, "caption": 1}, "shares of the sources in a batch")
     frames: int = option(16, "of a clip; they must make a grid", low=1)
@@ -53,7 +53,7 @@ class Config:
     draws: int = option(16, "different sets of images per label", low=1)
     random_crop: bool = option(False, "instead of the middle")
     flip: bool = option(False, "mirror half of the samples whose caption cannot mention a side")
-    frame_pool: int = option(8000, "frames in memory for training a VAE", low=1)
+    frame_pool: int = option(8000, "frames in memory for training a VAE", low=1, high=10**7)
     drop_caption: float = option(0.1, "share of captions dropped, for classifier-free guidance", low=0, high=1)
     validation: int = option(0, "last items of each list that are held out, to measure the validation loss", low=0)
 
@@ -66,8 +66,8 @@ class Config:
     timesteps: tuple[int, int] = option((0, NoiseSchedule.timesteps), "training range, half-open: [first, last)", low=0,
                                         high=NoiseSchedule.timesteps)
     timestep_shift: float = option(1.0, "s > 1 trains noisy timesteps more often: half of them lie above s / (1 + s) "
-                                   "of the range", above=0)
-    timestep_width: float = option(1.0, "w < 1 trains timesteps near that middle more often", above=0)
+                                   "of the range", above=0, high=1000)
+    timestep_width: float = option(1.0, "w < 1 trains timesteps near that middle more often", above=0, high=10)
     default_fps: float = option(30, "of samples, when nothing else is asked for", low=0, high=120)
     guidance: float = option(7.0, "guidance scale of samples, when nothing else is asked for")
     eta: float = option(0.0, "noise that DDIM adds to samples, when nothing else is asked for", low=0, high=1)
@@ -76,9 +76,9 @@ class Config:
     kl_weight: float = option(1e-6, "of the KL per latent number, beside the squared error per pixel", low=0)
 
     # optimizer
-    max_steps: int = option(15_000, "in total, resumed or not", low=1)
+    max_steps: int = option(15_000, "in total, resumed or not", low=1, high=10**9)
     batch_size: int = option(6, "per process; times accumulate times processes is what one step sees", low=1)
-    accumulate: int = option(1, "micro-batches per step", low=1)
+    accumulate: int = option(1, "micro-batches per step", low=1, high=10**5)
     lr: float = option(1e-4, "learning rate (5.1)", low=0)
     warmup: int = option(0, "steps of linear warm-up", low=0)
     cooldown: int = option(0, "last steps, linearly down to 0", low=0)
@@ -100,7 +100,8 @@ class Config:
     save_every: int = option(500, "steps: a checkpoint to resume from", low=1)
     keep: int = option(2, "checkpoints", low=1)
     resume: bool = option(True, "from the newest whole checkpoint; False refuses a folder that has one")
-    timeout: float = option(600.0, "seconds without progress after which a rank ends the job", above=0)
+    timeout: float = option(600.0, "seconds without progress after which a rank ends the job", above=0,
+                            high=1e6)
     prompts: tuple[str, ...] = option((), "of the sheet")
     licence: str = option("", "of the data and the base weights, for the file's header")
     wandb_log: bool = option(False, "to Weights & Biases too: the same numbers as in metrics.jsonl")
@@ -168,8 +169,10 @@ def assignments(path: str) -> dict:
 def check_config(cfg: Config):
     """Raise ValueError on values that are each possible, but mean nothing together."""
     shares = cfg.mix.values()
-    if not all(s in SOURCES for s in cfg.mix) or not all(type(n) is int and n >= 0 for n in shares) or not sum(shares):
-        raise ValueError(f"mix must give each of {', '.join(SOURCES)} a whole number, not all 0, got {cfg.mix}")
+    whole = all(type(n) is int and 0 <= n <= 1000 for n in shares)
+    if not all(s in SOURCES for s in cfg.mix) or not whole or not sum(shares):
+        raise ValueError(f"mix must give each of {', '.join(SOURCES)} a whole number in 0..1000, not all 0, got "
+                         f"{cfg.mix}")
     if not cfg.fps_values:
         raise ValueError("fps_values must hold at least one frame rate")
     if max(cfg.betas) == 1:

@@ -130,8 +130,6 @@ def forget_after(path: str, step: int):
 
 
 def start_wandb(cfg: Config):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("wandb_log = True needs the package wandb: pip install wandb") from error
+    import wandb  # no dependency
+
     return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or None, config=asdict(cfg), dir=cfg.out_dir)

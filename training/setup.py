@@ -1,5 +1,6 @@
 """What a run starts from: its model and its data."""
 
+import importlib.util
 import os
 from dataclasses import asdict, fields, replace
 
@@ -15,6 +16,7 @@ from sample import NoiseSchedule
 from sd import Model, Settings, build, load
 from sd.device import precision
 from sd.presets import PRESETS, ModelConfig
+from sd.sources import is_repository
 from training.config import Config, portable
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +78,24 @@ def data_lists(cfg: Config, render=True) -> dict[str, str]:
     return {source: path for source, path in lists.items() if path and cfg.mix.get(source)}
 
 
+def check_inputs(cfg: Config):
+    """Raise ValueError or OSError on files and packages that are missing: told before a model is made."""
+    for path in (cfg.init, cfg.vae):
+        if path and not is_repository(path):
+            os.stat(path)
+    if cfg.wandb_log and not importlib.util.find_spec("wandb"):
+        raise ValueError("wandb_log = True needs the package wandb: pip install wandb")
+    if cfg.train == "unet" and cfg.encoded and os.path.exists(cfg.encoded):
+        return
+    lists = data_lists(cfg, render=False)
+    for source in filter(cfg.mix.get, cfg.mix):
+        if source not in lists and cfg.train == "unet":
+            raise ValueError(f"mix asks for {source} samples, of which there is no list: set `{source}`, or take it "
+                             "out of the mix")
+        if source in lists and (getattr(cfg, source) or os.path.exists(cfg.toy)):
+            os.stat(lists[source])
+
+
 def render_world(cfg: Config):
     """Render the toy world if it is missing. Raises ValueError when one of other options is there."""
     world = {"clips": cfg.toy_clips, "images": cfg.toy_images, "captioned": cfg.toy_captioned,
@@ -102,10 +122,6 @@ def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
         return {}
     lists = data_lists(cfg)
     if ahead:
-        for source in filter(cfg.mix.get, cfg.mix):
-            if source not in lists:
-                raise ValueError(f"mix asks for {source} samples, of which there is no list: set `{source}`, or take "
-                                 "it out of the mix")
         model.vae.to(device)
         model.text.to(device)
         encode(model, lists, ahead, sample_spec(cfg), text=not cfg.train_text)

@@ -1,13 +1,14 @@
 """training/config.py: what a config may hold, and what is said of one that holds something else."""
 
 import ast
+import os
 import re
 from pathlib import Path
 
 import pytest
 from runs import ROOT, here
 
-from training.config import portable, read_config
+from training.config import Config, portable, read_config
 
 CI = f"{ROOT}/configs/ci.py"
 CONFIGS = sorted(Path(ROOT, "configs").rglob("*.py"))
@@ -23,7 +24,9 @@ def test_overrides_go_last():
     cfg = read_config([CI, "--batch_size=8", "--lr=1", "--out_dir=/tmp/x", "--betas=[0.9,0.95]"])
     assert (cfg.batch_size, cfg.lr, cfg.out_dir, cfg.betas) == (8, 1.0, "/tmp/x", (0.9, 0.95))
     assert type(cfg.lr) is float and cfg.frames == 4
-    assert read_config(["--dry_run", CI, "--resume=False"]).dry_run
+    cfg = read_config(["--dry_run", CI, "--resume=false", "--video", "mine.csv", "--frames", "9"])
+    assert (cfg.dry_run, cfg.resume, cfg.video, cfg.frames) == (True, False, "mine.csv", 9)
+    assert type(cfg) is Config
 
 
 def test_configs_apply_in_order(tmp_path):
@@ -41,6 +44,12 @@ FILES = {
     b"import os": "line 1: a config holds assignments of plain values, nothing else",
     b"lr = float('1')": "lr must be a plain value",
     b"batch_size = = 3": "line 1: invalid syntax",
+    b"resume = false": "line 1: resume must be a plain value, like 8, 0.5, True or",
+    b"lr = " + b"-" * 50_000 + b"1": "c.py",
+    b"lr = " + b"(" * 300 + b"1" + b")" * 300: "c.py",
+    b"seed = " + b"9" * 5000: "c.py, line 1: ",
+    b"seed = 0x" + b"f" * 5000: "line 1: seed must fit into 64 bits, got a number of 20000 bits",
+    b"video = 'a\\0b'": "line 1: video must be text without zero bytes",
     b"\xff\xfe\x00": "line 1: not text in UTF-8",
 }
 
@@ -50,7 +59,7 @@ def test_bad_files_are_refused(tmp_path, text):
     (tmp_path / "c.py").write_bytes(text)
     with pytest.raises(ValueError, match=re.escape(FILES[text])) as error:
         read_config([str(tmp_path / "c.py")])
-    assert str(error.value).startswith(f"{tmp_path}/c.py, line ")
+    assert str(error.value).startswith(f"{tmp_path}/c.py") and "\n" not in str(error.value)
 
 
 OVERRIDES = {
@@ -61,8 +70,8 @@ OVERRIDES = {
     "--batch_size=True": "batch_size: must be a whole number, got 'True'",
     "--max_steps=many": "max_steps: must be a whole number, got 'many'",
     "--max_step=3": "there is no option 'max_step'; did you mean 'max_steps'?",
-    "--mix={'videos': 1}": "mix must give each of video, label, caption a whole number, not all 0, got {'videos': 1}",
-    "--mix={'video': 1.5}": "a whole number, not all 0, got {'video': 1.5}",
+    "--mix={'videos': 1}": "mix must give each of video, label, caption a whole number in 0..1000, not all 0, got {'",
+    "--mix={'video': 1.5}": "in 0..1000, not all 0, got {'video': 1.5}",
     "--mix={'video': 0}": "not all 0, got {'video': 0}",
     "--mix={[1]: 2}": "mix: must be dict, got '{[1]: 2}'",
     "--fps_values=('a',)": "fps_values: must be a tuple of whole numbers",
@@ -75,6 +84,11 @@ OVERRIDES = {
     "--clip=-1": "clip must be >= 0, got -1",
     "--lr=nan": "lr: must be a number, got 'nan'",
     "--timeout=0": "timeout must be > 0, got 0",
+    "--timeout=1e300": "timeout must be <= 1e+06, got 1e+300",
+    "--lr=" + "9" * 400: "lr must fit into 64 bits, got a number of 1329 bits",
+    "--warmup=" + "9" * 400: "warmup must fit into 64 bits, got a number of 1329 bits",
+    "--dry_run=1": "dry_run: must be True or False, got '1'",
+    "--video=a\0b": "video must be text without zero bytes",
     "--timesteps=(850,600)": "timesteps must be a range [first, last) with first < last, got (850, 600)",
     "--timesteps=(500,500)": "first < last",
     "--timesteps=(0,1001)": "timesteps must be in 0..1000, got 1001",
@@ -94,6 +108,15 @@ def test_the_command_says_mistakes_in_one_line():
         done = here("train.py", *arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("train.py: ")
     assert "--save_every" in here("train.py", "--help").stdout
+
+
+def test_a_config_is_a_plain_file(tmp_path):
+    (tmp_path / "marked.py").write_bytes("licence = 'é'".encode("utf-8-sig"))
+    assert read_config([str(tmp_path / "marked.py")]).licence == "é"
+    os.mkfifo(tmp_path / "fifo.py")  # which nobody writes to
+    for path in (tmp_path / "fifo.py", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path} must be a file, got a folder or a device"):
+            read_config([str(path)])
 
 
 def test_paths_of_this_machine_stay_here():

@@ -13,7 +13,7 @@ from runs import ROOT, ci_options, few_labels, train_here
 
 import sd
 from training.config import read_config
-from training.setup import data_lists, make_model, make_ready, open_clips
+from training.setup import check_inputs, data_lists, make_model, make_ready, open_clips
 
 CI, CPU = f"{ROOT}/configs/ci.py", torch.device("cpu")
 
@@ -141,12 +141,22 @@ def test_a_folder_of_an_earlier_version_is_used_and_told(own_clips, capsys):
     assert open_clips(cfg, model, {}, CPU).sample("video", 0, 0, 0).caption == "a red box"
 
 
-def test_a_source_without_a_list_is_refused_before_anything_is_encoded(encoding, world):
-    cfg, model = encoding
+def test_a_source_without_a_list_is_refused(encoding, world):
+    cfg, _ = encoding
     cfg = dataclasses.replace(cfg, toy="", video=f"{world}/videos.csv")
     with pytest.raises(ValueError, match="mix asks for caption samples, of which there is no list"):
-        make_ready(cfg, model, CPU)
-    assert not os.path.exists(cfg.encoded) and not os.path.exists(cfg.encoded + ".part")
+        check_inputs(cfg)
+
+
+def test_what_is_missing_is_told_before_a_model_is_made(world, tmp_path):
+    cfg = read_config([f"{ROOT}/configs/ci.py", f"--toy={world}", f"--encoded={tmp_path}/new"])
+    check_inputs(cfg)
+    check_inputs(dataclasses.replace(cfg, init="owner/name", toy=f"{tmp_path}/not rendered yet"))
+    missing = f"{tmp_path}/missing"
+    for change in ({"init": missing}, {"vae": missing}, {"video": missing}, {"label": missing, "toy": missing}):
+        with pytest.raises(FileNotFoundError, match=missing):
+            check_inputs(dataclasses.replace(cfg, **change))
+    check_inputs(dataclasses.replace(cfg, video=missing, encoded=str(tmp_path)))  # which is what is read
 
 
 def test_a_world_of_other_options_is_refused(encoding, tmp_path):
