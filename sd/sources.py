@@ -287,28 +287,30 @@ def download(repository: str) -> str:
     """The files that load() needs of a Hugging Face repository, and no others -> their folder, or the one file."""
     from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download  # seconds to import, only needed here
 
-    configs = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)]
+    wanted = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)]
+    lacking = PARTS
     try:
-        folder = snapshot_download(repository, allow_patterns=configs + weights_of(PARTS, *KINDS[0]))
-        for kind in KINDS[1:]:
-            there = {part: os.listdir(os.path.join(folder, part)) for part in PARTS
-                     if os.path.isdir(os.path.join(folder, part))}
-            lacking = [part for part, names in there.items() if not any(map(WEIGHTS.fullmatch, names))]
-            if lacking:
-                snapshot_download(repository, allow_patterns=weights_of(lacking, *kind))
-        if os.path.exists(os.path.join(folder, "unet")):
+        for kind in KINDS:
+            folder = snapshot_download(repository, allow_patterns=wanted + weights_of(lacking, *kind))
+            there = [os.path.join(folder, part) for part in PARTS if os.path.isdir(os.path.join(folder, part))]
+            lacking = [os.path.basename(part) for part in there if not any(map(WEIGHTS.fullmatch, os.listdir(part)))]
+            wanted = []
+            if not lacking:
+                break
+        if there and not lacking:
             return folder
         names = os.listdir(folder) if os.path.isdir(folder) else []
-        files = [n for n in names if n.endswith(SINGLE)]
-        if not files:
+        if not any(name.endswith(SINGLE) for name in names):
             names = HfApi().list_repo_files(repository)
-            files = [n for n in names if n.endswith(SINGLE)]
+        files = [name for name in names if name.endswith(SINGLE)]
         if len(files) == 1:
             return hf_hub_download(repository, files[0])
     except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise ValueError(f"{repository}: there is no such file, and no such Hugging Face repository can be reached "
                         f"(a wrong name, or offline?): {one_line(error)}") from error
-    raise ValueError(f"{repository} is no diffusers folder of a Stable Diffusion, it has {', '.join(names[:8])}" + (
+    heavy = [name for name in names if not name.endswith((".json", ".md", ".txt", ".gitattributes"))]
+    raise ValueError(f"{repository} is no diffusers folder of a Stable Diffusion with weights that can be used, it has "
+                     f"{', '.join((heavy or names)[:8])}" + (
         f"; download one of its files (hf download {repository} {files[0]}) and give its path" if files else ""))
 
 

@@ -122,7 +122,7 @@ def write(weights, path, kind, prefix=""):
 KINDS = ["safetensors", *(f"{inside}{old}" for inside in ("flat", "nested", "lightning") for old in ("", ", legacy"))]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(KINDS), leftovers=st.sets(st.sampled_from(sorted(LEFTOVERS))), data=st.data(),
        prefix=st.sampled_from(["", "", "module.", "model.", "_orig_mod."]), old_text=st.booleans())
 def test_leftovers_packagings_and_precisions_change_nothing(tensors, tmp_path, kind, leftovers, data, prefix, old_text):
@@ -137,7 +137,7 @@ def test_leftovers_packagings_and_precisions_change_nothing(tensors, tmp_path, k
     refused(path, rf"lacks {needed}\b")
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(leftovers=st.sets(st.sampled_from(sorted(LEFTOVERS_OF_TEXT))),
        kind=st.sampled_from(["safetensors", "bin", "legacy bin"]), shards=st.sampled_from([1, 1, 2, 3]),
        variant=st.sampled_from(["", ".fp16", ".bf16", ".fp32", ".non_ema"]), late=st.booleans())
@@ -569,7 +569,12 @@ def test_a_repository_of_single_files(tensors, hub):
     home = hub / "somebody" / "sd"
     home.mkdir(parents=True)
     (home / "README.md").write_text("hello")
-    refused("somebody/sd", "somebody/sd is no diffusers folder of a Stable Diffusion, it has README.md")
+    refused("somebody/sd", "somebody/sd is no diffusers folder of a Stable Diffusion .* it has README.md")
+    for part in ("unet", "vae", "text_encoder"):
+        (home / part).mkdir()
+        (home / part / "config.json").write_text("{}")
+        (home / part / "flax_model.msgpack").write_text("")
+    refused("somebody/sd", r"it has text_encoder/flax_model.msgpack, unet/flax_model.msgpack")
     save_file(tensors, home / "v1-5-pruned-emaonly.safetensors")
     assert same(load("somebody/sd"), tensors)
     shutil.rmtree(hub.parent / "cache")
