@@ -136,12 +136,14 @@ class Clip:
 class Grid(nn.Module):
     """The paper: every token attends to every token of the clip.
 
-    A layout answers four questions. `per_frame`: are frames taken one by one, that is unfolded before the first
-    convolution and folded after the last (then B below is B*T)? And three hooks, on h (B, H, W, C) or (B, C, H, W).
+    A layout answers five questions. `per_frame`: are frames taken one by one, that is unfolded before the first
+    convolution and folded after the last (then B below is B*T)? `goes_on`: can frames be sampled one after the other,
+    by a `past(unet)` as beyond/causal.py has it? And three hooks, on h (B, H, W, C) or (B, C, H, W).
     """
 
     name = "grid"
     per_frame = False
+    goes_on = False
     positions = None  # the most frames of a clip; None: any number
 
     def self_attention(self, attn: Attention, h, clip: Clip):

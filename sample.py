@@ -38,13 +38,7 @@ class NoiseSchedule:
 
     def __init__(self, settings: sd.Settings):
         settings.check()
-        root = 0.5 if settings.beta_schedule == "scaled_linear" else 1
-        first, last = settings.beta_start**root, settings.beta_end**root
-        betas = torch.linspace(first, last, self.timesteps, dtype=torch.float64) ** (1 / root)
-        signal = (1 - betas).cumprod(0).sqrt()  # sqrt(ᾱ)
-        if settings.zero_snr:
-            signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
-        self.alphas_cumprod = (signal**2).float()  # (1000,)
+        self.alphas_cumprod = settings.alphas_cumprod  # (1000,)
         self.prediction, self.spacing = settings.prediction, settings.spacing
 
     def signal_and_noise(self, t, like):
@@ -208,8 +202,13 @@ class Request:
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         whole.check()
         model.check_size(*whole.size, whole.frames)
-        check_memory(model, whole.frames, *whole.size, batch=1 if whole.guidance == 1 else 2)
+        check_memory(model, whole.at_once(model), *whole.size, batch=1 if whole.guidance == 1 else 2)
         return whole
+
+    def at_once(self, model: sd.Model) -> int:
+        """How many frames of a resolved request are sampled at once: all, or one after the other where the layout can
+        go on from those before, and the model was trained on fewer."""
+        return 1 if model.unet.layout.goes_on and self.frames > model.settings.frames else self.frames
 
     def unseen(self, model: sd.Model) -> list[str]:
         """What the model was never trained on, in a sentence each, of a resolved request."""
@@ -244,8 +243,9 @@ def generate(model: sd.Model, request: Request, *, seeds=None, progress=None, de
     """
     request, unet, factor = request.resolve(model), model.unet, model.vae.cfg.downsampling
     device, count = device or unet.out[2].weight.device, len(request.prompt)
-    rows, cols = grid = grid_shape(request.frames)
-    shape = request.frames, unet.cfg.latent_channels, request.size[1] // factor, request.size[0] // factor
+    together = request.at_once(model)
+    rows, cols = grid = grid_shape(together)
+    shape = together, unet.cfg.latent_channels, request.size[1] // factor, request.size[0] // factor
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or [request.seed] * count]
 
     def noise():
@@ -258,15 +258,21 @@ def generate(model: sd.Model, request: Request, *, seeds=None, progress=None, de
     context, negative = context[:-1], context[-1:].expand(count, -1, -1)
     video = request.frames > 1
     fps = torch.full((count,), request.fps, device=device) if video else None
-    run = denoise(unet, NoiseSchedule(model.settings), noise(), context, negative, fps, grid if video else None,
-                  steps=request.steps, guidance=request.guidance, sampler=request.sampler, eta=request.eta, noise=noise)
+    how = dict(steps=request.steps, guidance=request.guidance, sampler=request.sampler, eta=request.eta, noise=noise)
+    past = unet.layout.past(unet) if together < request.frames else None
+    schedule, latents = NoiseSchedule(model.settings), []
     with at_work(unet, device):
-        for i, t, x, x0 in run:
-            require_finite(x, f"the UNet's output at timestep {t}", model)
-            if progress:
-                progress(i, t, x, x0)
+        while len(latents) * together < request.frames:
+            run = denoise(past or unet, schedule, noise(), context, negative, fps, grid if video else None, **how)
+            for i, t, x, x0 in run:
+                require_finite(x, f"the UNet's output at timestep {t}", model)
+                if progress:
+                    progress(i, t, x, x0)
+            latents.append(unfold(x, rows, cols))
+            if past:  # both halves of guidance, as `denoise` takes them
+                past.add(*(torch.cat(halves) for halves in ((x, x), (negative, context), (fps, fps))))
     with at_work(model.vae, device):
-        return decode(model, unfold(x, rows, cols))
+        return decode(model, torch.cat(latents, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +344,8 @@ def main():
     told = {f.name: getattr(options, f.name) for f in fields(Request)} | {"ckpt": name}  # and no path of this machine
     told |= {key: model.settings.origin[key] for key in ("motion", "lora") if key in model.settings.origin}
     try:
-        with tqdm(total=len(videos) * options.steps, unit="step", desc="sample", file=sys.stderr) as bar:
+        steps = len(videos) * options.steps * (options.frames // options.at_once(model))
+        with tqdm(total=steps, unit="step", desc="sample", file=sys.stderr) as bar:
             for (prompt, seed), path in zip(videos, paths):
                 request = replace(options, prompt=(prompt,), seed=seed)
                 video = generate(model, request, progress=lambda *_: bar.update(), device=device)[0]

@@ -40,6 +40,7 @@ class Causal(Grid):
 
     name = "causal"
     per_frame = True
+    goes_on = True
 
     def __init__(self, cfg: UNetConfig, window: int = 8, kept_small: float = 0.66, kept_large: float = 0.51, *,
                  alphas_cumprod):
@@ -82,6 +83,10 @@ class Causal(Grid):
                 logits = bias[:, seen].transpose(1, 2).flatten(2)[:, :, None]  # (B, heads, 1, keys)
                 out[t] = out[t] + gate[:, t] * (attention(q[:, t], keys, values, logits) - out[t])
         return attn.to_out(torch.stack(out, 1).flatten(0, 1).transpose(1, 2).flatten(2)).view_as(h)
+
+    def past(self, unet: UNet) -> "Past":
+        """What lets frames be sampled one after the other, before the first of them."""
+        return Past(unet)
 
     def squares(self, attn: Attention, h, t, T: int):
         """What later frames see of frames h (B*T, H, W, C) at timesteps t (B*T,): keys and values (B, T, n, C), the

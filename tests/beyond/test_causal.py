@@ -4,6 +4,7 @@ import gc
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from beyond.temporal import attended_widths, hooked_widths
 from embed import timestep_embedding
 from grid import fold, unfold
 from model import Attention, Clip, SpatialTransformer, UNet
+from sample import NoiseSchedule, Request, denoise, generate
 from sd.presets import MICRO, SD15, TINY
 
 ALPHAS = sd.Settings(prediction="v", zero_snr=True).alphas_cumprod
@@ -225,3 +227,30 @@ def test_memory_does_not_grow_with_the_frames():
         if n in (64, 256):
             alive[n] = numbers_alive()
     assert past.number == 256 and alive[256] < 1.02 * alive[64]
+
+
+def test_a_long_video_is_sampled_frame_by_frame(micro):
+    """As many steps for each as for the whole of a short one; the first frames do not depend on how many follow."""
+    model = sd.load(micro, layout="causal")
+    for block in model.unet.layout.blocks.values():
+        nn.init.ones_(block.gate.bias)
+    steps, request = [], Request("a red circle", steps=2, frames=9, guidance=3.0)
+    nine = generate(model, request, progress=lambda *given: steps.append(given[2].shape))
+    assert nine.shape == (1, 9, 32, 32, 3) and steps == [(1, 4, 4, 4)] * 18
+    assert np.array_equal(generate(model, replace(request, frames=6)), nine[:, :6])
+    for guidance in (1.0, lambda t: 1.0 if t < 500 else 3.0):  # one half of guidance, and first both
+        past, x = model.unet.layout.past(model.unet), torch.randn(1, 4, 4, 4)
+        context, negative, fps = torch.randn(1, 77, 32), torch.randn(1, 77, 32), torch.tensor([8.0])
+        past.add(torch.cat([x, x]), torch.cat([negative, context]), torch.cat([fps, fps]))
+        *_, (_, _, last, _) = denoise(past, NoiseSchedule(model.settings), x, context, negative, fps, steps=2,
+                                      guidance=guidance)
+        assert last.isfinite().all()
+    four = generate(model, replace(request, frames=4), progress=lambda *given: steps.append(given[2].shape))
+    assert four.shape == (1, 4, 32, 32, 3) and steps[18:] == [(1, 4, 8, 8)] * 2  # as trained: all at once
+
+
+def test_sample_takes_the_layout(micro, run, tmp_path):
+    done = run("sample.py", "a red circle", "--ckpt", micro, "--layout", "causal", "--frames", 6, "--steps", 1, "--out",
+               tmp_path / "long.gif")
+    assert done.returncode == 0, done.stderr
+    assert "12/12" not in done.stderr and "6/6" in done.stderr
