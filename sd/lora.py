@@ -52,6 +52,8 @@ def merge_lora(model: Model, path: str, scale: float = 1.0):
                              f"layer's weight is {tuple(weight.shape)}: is it for another Stable Diffusion?")
         alpha = file.get(names["alpha"]).float().mean().item() if "alpha" in names else None
         alpha = alpha_of(part, parameter, i, rank) if alpha is None else alpha
+        if not math.isfinite(alpha):
+            raise ValueError(f"{path}: {names['alpha']} must be a finite number, got {alpha}")
         change = scale * alpha / rank * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
         weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change.to(weight.device))
     origin = model.settings.origin
@@ -109,15 +111,18 @@ def told_alphas(path: str, file: Opened, places):
     """A function (part, parameter, i, rank) -> alpha, as diffusers writes it into the header; else it is the rank."""
     try:
         told = json.loads(file.metadata.get("lora_adapter_metadata") or "{}")
-        whole = {"unet": told.get("unet.lora_alpha"), "text": told.get("text_encoder.lora_alpha")}
-        rooted = {"unet": told.get("unet.use_rslora"), "text": told.get("text_encoder.use_rslora")}
-        exact = {places.get(flat(f"{part}.{layer}"), (None,))[:3]: float(alpha) for part in ("unet", "text_encoder")
-                 for layer, alpha in (told.get(f"{part}.alpha_pattern") or {}).items()}
+        whole, rooted, exact = {}, [], {}
+        for part, home in (("unet", "unet."), ("text", "text_encoder.")):
+            if told.get(f"{home}lora_alpha") is not None:
+                whole[part] = float(told[f"{home}lora_alpha"])
+            rooted += [part] * bool(told.get(f"{home}use_rslora"))
+            for layer, alpha in (told.get(f"{home}alpha_pattern") or {}).items():
+                exact[places.get(flat(home + layer), (None,))[:3]] = float(alpha)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: its header (lora_adapter_metadata) is damaged: {one_line(error)}") from error
 
     def alpha(part, parameter, i, rank):
-        value = exact.get((part, parameter, i), whole[part])
-        return rank if value is None else value * (math.sqrt(rank) if rooted[part] else 1)
+        value = exact.get((part, parameter, i), whole.get(part))
+        return rank if value is None else value * (math.sqrt(rank) if part in rooted else 1)
 
     return alpha

@@ -64,7 +64,7 @@ def add_motion(source: Source, cfg: UNetConfig, path: str):
     source.weights.what += f" with the motion modules of {path}"
     source.ignored += ("motion/*.pe", "etc.layout.*")  # frames are numbered here; modules that it had give way
     middle = any(name.startswith("mid_block.") for name in theirs)
-    tables = [added.shapes[full][1] for name, full in theirs.items() if name.endswith(".pe")]
+    tables = [(*added.shapes[full], 0, 0)[1] for name, full in theirs.items() if name.endswith(".pe")]
     positions = min(tables, default=positions or (32 if middle else 24))
     source.settings = replace(
         source.settings, layout="temporal", layout_options={"positions": positions, "middle": middle}, **TRAINED,
@@ -81,6 +81,8 @@ def open_motion(path: str, groups: int) -> tuple[Weights, int | None]:
         path = download_motion(path)
     if os.path.isdir(path):
         config = read_json(os.path.join(path, "config.json"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: config.json must be a JSON object of settings, got {str(config)[:40]}")
         for key, value in (("_class_name", "MotionAdapter"), ("motion_num_attention_heads", HEADS),
                            ("motion_norm_num_groups", groups), ("conv_in_channels", None)):
             if config.get(key, value) not in (value, [value] * 4):

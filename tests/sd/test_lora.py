@@ -190,6 +190,8 @@ GOOD = "lora_unet_down_blocks_0_downsamplers_0_conv"
     ({f"{GOOD}.lora_down.weight": (4, 16, 3, 3)}, "stands alone"),
     ({f"{GOOD}.lora_down.weight": (4, 32, 3, 3), f"{GOOD}.lora_up.weight": (16, 4, 1, 1)}, "another Stable Diffusion"),
     ({f"{GOOD}.lora_down.weight": (0, 16, 3, 3), f"{GOOD}.lora_up.weight": (16, 0, 1, 1)}, "another Stable Diffusion"),
+    ({f"{GOOD}.lora_down.weight": (4, 16, 3, 3), f"{GOOD}.lora_up.weight": (16, 4), f"{GOOD}.alpha": (0,)},
+     "alpha must be a finite number, got nan"),
     ({f"{GOOD}.lora_down.weight": (), f"{GOOD}.lora_up.weight": (16,)}, "another Stable Diffusion"),
     ({"lora_unet_down_blocks_9_conv.lora_down.weight": (4, 16), "lora_te2_text.lora_down.weight": (1, 1)},
      "changes what the model does not have: lora_te2_text.lora_down.weight, lora_unet_down_blocks_9_conv.lora_down"),
