@@ -113,7 +113,8 @@ def test_encode_command(run, lists, micro, tmp_path):
 
 @pytest.mark.parametrize("options, says", [
     (["--frames", "7"], "frames must make a grid, got 7"), (["--size", "60x64"], "width must be divisible by 8"),
-    (["--fps", "0"], "fps must be in 1..60, got 0"), (["--draws", "0"], "draws must be >= 1, got 0"),
+    (["--fps", "0"], "fps must be in 1..60, got 0"), (["--draws", "0"], "draws must be in 1..1000, got 0"),
+    (["--starts", "9999999999"], "starts must be in 1..1000, got 9999999999"),
     (["--device", "cpu:4"], "device cpu:4 is not here"), (["--seed", "-1"], "seed must be >= 0, got -1"),
     (["--ckpt", ""], "ckpt must be given"), (["--video", "nowhere.csv", "--size", "32x32"], "nowhere.csv")])
 def test_encode_says_mistakes_in_one_line(world, micro, tmp_path, run, options, says):
