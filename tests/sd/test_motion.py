@@ -10,6 +10,7 @@ from diffusers import MotionAdapter, UNetMotionModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from PIL import Image
 from references import error, inputs, reference, save_reference, shake
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -168,6 +169,11 @@ def test_saved_in_one_file(loaded, tmp_path):
     assert "etc.layout.motion.2.transformer_blocks.0.attention_blocks.1.to_out.0.bias" in load_file(path)
     again = sd.load(path)
     assert same(again, loaded) and again.settings == loaded.settings
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    save_file({n: t for n, t in load_file(path).items() if not n.startswith("etc.layout.motion.0.")}, path, header)
+    with pytest.raises(ValueError, match=r"lacks etc\.layout\.motion\.0\.norm\.bias, etc\.layout"):
+        sd.load(path)
 
 
 def test_others_take_their_place(loaded, folder, adapter, tmp_path):
