@@ -184,11 +184,11 @@ def main():
                 print(f"{outcome.kind}: {outcome.what} ({outcome.seconds:.1f} s, {outcome.growth >> 20} MiB)")
             elif done % 100 == 0:
                 print(f"{done} of {len(jobs)}, {sum(map(len, faults.values()))} faults", file=sys.stderr, flush=True)
-    finally:
+    finally:  # after Ctrl-C too
         shutil.rmtree(scratch, ignore_errors=True)
-    print(table(found))
-    for (door, kind, _), cases in faults.items():
-        print(f"\n{door}, {len(cases)} x {kind}: {cases[0][1].what}\n    {repeat(cases[0][0])}")
+        print(table(found))
+        for (door, kind, _), cases in faults.items():
+            print(f"\n{door}, {len(cases)} x {kind}: {cases[0][1].what}\n    {repeat(cases[0][0])}")
     sys.exit(bool(faults))
 
 
