@@ -52,6 +52,8 @@ class Options:
     ("--also a,b x --also=c y --also a:2", Options(words=("x", "y"), also=("a,b", "c", "a:2"))),
     ("--loud a", Options(words=("a",), loud=True)),
     ("--loud=True --deep=False", Options(loud=True, deep=False)),
+    ("--loud=true --deep=FALSE", Options(loud=True, deep=False)),
+    ("--steps 1_000", Options(steps=1000)),
     ("--kind two", Options(kind="two")),
 ])
 def test_command_lines(line, expected):
@@ -69,6 +71,12 @@ def test_command_lines(line, expected):
     ("--size 512", "--size: must be WIDTHxHEIGHT, like 256x256, got '512'"),
     ("--values 3,0", "values must be >= 1, got 0"),
     ("--values 3,x", "--values: must be a tuple of whole numbers, got '3,x'"),
+    ("--scale 1e400", "scale must be a finite number, got inf"),
+    ("--scale " + "9" * 400, "scale must fit into 64 bits, got a number of 1329 bits"),
+    ("--steps 0x" + "f" * 9000, "steps must be in 1..1000, got a number of 36000 bits"),
+    ("--size " + "9" * 5000 + "x1", "--size: must be WIDTHxHEIGHT"),
+    ("--size 64X64", "--size: must be WIDTHxHEIGHT, like 256x256, got '64X64'"),
+    ("--deep=1", "--deep: must be True or False, got '1'"),
     ("--kind three", "kind must be one of one, two, got 'three'"),
     ("--loud=maybe", "--loud: must be True or False, got 'maybe'"),
     ("--step 3", "no option 'step'; did you mean 'steps'?"),
@@ -119,6 +127,12 @@ def program(body, **options):
 def test_a_mistake_is_one_line_and_status_2(body, says):
     done = program(body)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_cannot_show_a_path_is_no_error():
+    for encoding in ("ascii", "cp1252", "utf-8"):
+        done = program(r"print('\u7ea2 \udcff.mp4')", env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and done.stdout in ("\\u7ea2 \\udcff.mp4\n", "\u7ea2 \\udcff.mp4\n")
 
 
 @pytest.mark.parametrize("body, says", [

@@ -93,12 +93,13 @@ def main():
         raise ValueError(f"out must end in .png, got {o.out}")
     if os.path.lexists(o.out):
         raise ValueError(f"{o.out} is there already: choose another out, or remove it")
+    o.check()
+    check_writable(o.out)  # now, not after a model is loaded
     device = pick_device(o.device)
     model = sd.load(o.ckpt or SHIPPED, device, pick_dtype(o.dtype, device))
     o = o.resolve(model)
     if len(o.prompt) > 1 or o.frames == 1:
         raise ValueError(f"a map is of the frames of one video, not of {len(o.prompt)} with {o.frames}")
-    check_writable(o.out)
     with AttentionMaps(model.unet, o.frames) as watch, tqdm(total=o.steps, unit="step", file=sys.stderr) as bar:
         generate(model, o, progress=lambda *_: bar.update())
     with beside(o.out) as part:

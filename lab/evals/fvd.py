@@ -177,6 +177,8 @@ class Options:
 
 def main():
     o = parse(Options, __doc__)
+    for path in filter(None, (o.real, o.gen, o.i3d)):
+        os.stat(path)  # now, not after a model is loaded
     device = pick_device(o.device)
     model = sd.load(o.ckpt, device) if o.ckpt else None
     sets = [EncodedVideos(path, o.frames, o.size, o.fps, model) if os.path.isfile(os.path.join(path, "spec.json")) else

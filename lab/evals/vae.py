@@ -83,6 +83,8 @@ class Options:
 
 def main():
     o = parse(Options, __doc__)
+    if o.video:
+        os.stat(o.video)  # now, not after a model is loaded
     model = sd.load(o.ckpt or SHIPPED, pick_device(o.device))
     frames = o.frames or model.settings.frames
     size = o.size or (model.settings.width, model.settings.height)

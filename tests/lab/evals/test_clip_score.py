@@ -33,9 +33,9 @@ def test_clip_score_is_open_clips(run, tmp_path):
 
 @pytest.mark.parametrize("options, says", [
     (["{}/nowhere"], "nowhere cannot be read"),
-    (["{}/clips", "--prompts", "{}/none.txt"], "none.txt: No such file"),
+    (["{}/clips", "--prompts", "{}/none.txt"], "which is not there; a prompt itself stands"),
     (["{}/clips", "--prompts", "{}/one.txt"], "a prompt for each of the 2 videos"),
-    (["{}/clips", "--prompts", "{}/clips/000.mp4"], "must be text in UTF-8"),
+    (["{}/clips", "--prompts", "{}/clips/000.mp4"], "not text in UTF-8"),
     (["{}/clips", "--frames", "0"], "frames must be >= 1, got 0"),
 ])
 def test_mistakes_are_told_in_one_line(run, tmp_path, options, says):
