@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from hypothesis import given, settings, strategies
+from hypothesis import example, given, settings, strategies
 from references import FAMILIES, error, inputs, reference, save_reference
 from safetensors.torch import load_file, save_file
 
@@ -141,6 +141,7 @@ RANK_ALPHA_LINEAR = strategies.tuples(
 
 @given(chosen=strategies.dictionaries(strategies.sampled_from(sorted(LAYERS)), RANK_ALPHA_LINEAR, min_size=1),
        scale=strategies.floats(-2, 2, width=32))
+@example(chosen={name: (2, 3.0, False) for name in LAYERS if not name.startswith("lora_unet_input")}, scale=0.5)
 @settings(max_examples=20, deadline=None)
 def test_any_lora_adds_scale_alpha_over_rank_up_down(chosen, scale, tmp_path_factory):
     large = [small().vae, small().text.model.token_embedding]  # the rest is copied
