@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import ci_options, metrics, train_here
+from runs import ROOT, metrics, train_here
 from torch import nn
 
 import sd
@@ -13,6 +13,9 @@ from beyond.temporal import MotionModule, Temporal, frame_numbers
 from grid import unfold
 from model import UNet
 from sd.presets import MICRO, SD15, TINY
+from train import UNetTask
+from training.account import setting, shape_of, with_layout
+from training.config import read_config
 
 
 def inputs(config, grid, side=8):
@@ -177,3 +180,16 @@ def test_a_fresh_one_is_said_to_be_untrained(micro, tmp_path, run):
     assert done.returncode == 0, done.stderr
     assert "was trained with the layout 'grid', not 'temporal'" in done.stderr
     assert "layers over time were never trained" in done.stderr and "never saw a grid" not in done.stderr
+
+
+def test_a_dry_run_counts_its_layers(tmp_path):
+    path = str(tmp_path / "model.safetensors")
+    sd.save(sd.build(MICRO, sd.Settings(prediction="v", layout="temporal", layout_options={"middle": False})), path)
+    counts = []
+    for options in (["--layout=grid"], ["--layout=temporal"], [f"--init={path}"]):
+        cfg = with_layout(read_config([f"{ROOT}/configs/ci.py", *options]))
+        module, *_ = setting(cfg, UNetTask.example, shape_of(cfg))
+        counts.append(sum(p.numel() for p in module.parameters()))
+    with torch.device("meta"):
+        layers = [sum(p.numel() for p in Temporal(MICRO.unet, middle=middle).parameters()) for middle in (True, False)]
+    assert [count - counts[0] for count in counts[1:]] == layers
