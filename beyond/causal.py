@@ -96,7 +96,6 @@ class Causal(Grid):
         tokens, weight, scale = [], [], []
         for i, (side, share) in enumerate(zip(SIDES, self.kept)):
             mean, count = pool(frames, side)
-            count = count.float()
             signal = count * share * alpha
             tokens.append(mean)
             weight.append(count.log() + (signal / (signal + 1 - alpha)).clamp(min=1e-4).log())

@@ -88,12 +88,12 @@ def pooled_attention(attn: Attention, h, grid, side_at):
 
 
 def pool(frames, side: int):
-    """Average squares of side x side tokens, frames (B, T, C, h, w) -> (B, T, n, C), and how many each holds (n,).
+    """Average squares of side x side tokens, frames (B, T, C, h, w) -> (B, T, n, C), and the tokens of each (n,).
 
     Squares at the lower and the right edge hold fewer where the sides are not divisible.
     """
     kernel = [min(side, length) for length in frames.shape[3:]]
     means = F.avg_pool2d(frames.flatten(0, 1), kernel, ceil_mode=True, count_include_pad=False)
-    ones = frames.new_ones(1, *frames.shape[3:])
+    ones = torch.ones(1, *frames.shape[3:], device=frames.device)
     count = F.avg_pool2d(ones, kernel, ceil_mode=True, divisor_override=1).flatten()
     return means.flatten(2).mT.unflatten(0, frames.shape[:2]), count
