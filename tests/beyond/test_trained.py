@@ -24,6 +24,20 @@ def layouts(monkeypatch):
     monkeypatch.setitem(LAYOUTS, "blind", lambda cfg: Blind())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_a_grid_it_is_plain_stable_diffusion(layout):
+    """Trained or not: to the bit."""
+    unet, out = sd.build(MICRO, sd.Settings(layout=layout)).unet, []
+    for p in unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p)
+    x, context = torch.randn(1, 4, 32, 32), torch.randn(1, 7, MICRO.unet.context_dim)
+    for layout in (unet.layout, Grid()):
+        unet.layout = layout
+        out.append(unet(x, torch.tensor([500]), context))
+    assert torch.equal(*out)
+
+
 @pytest.mark.parametrize("layout", ["pooled", "swap", "causal", "blind"])
 def test_it_trains_saves_loads_and_samples(layout, layouts, tmp_path):
     torch.manual_seed(0)
