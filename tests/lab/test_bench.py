@@ -10,12 +10,13 @@ import torch
 from diffusers import UNet3DConditionModel
 from torch.autograd import DeviceType
 
-from lab.bench import scale, step, unet, video
+from lab.bench import layouts, scale, step, unet, video
 from lab.bench.__main__ import BENCHMARKS
 from lab.bench.parts import Parts, seconds_by_limit, unfilled
 from lab.bench.timing import default_dtype, in_turn
 from model import UNet
 from sd.presets import MICRO
+from sd.settings import LAYOUTS
 from training.account import count_flop
 
 CPU = torch.device("cpu")
@@ -86,10 +87,10 @@ def test_every_command_has_help(run, name):
 @pytest.fixture
 def small(monkeypatch):
     """The micro model in place of SD 2.1's and the tiny one, two rounds, and ceilings that take no time to measure."""
-    for module in (unet, scale, video):
+    for module in (unet, scale, layouts, video):
         monkeypatch.setattr(module, "SD21", MICRO)
     monkeypatch.setattr(step, "TINY", MICRO)
-    for module in (unet, scale, step, video):
+    for module in (unet, scale, layouts, step, video):
         monkeypatch.setattr(module, "in_turn", lambda works, device, *rest, **more: in_turn(works, device, rounds=2))
     ceilings = {"matmul": 1e9, "convolution": 1e9, "triad": 1e9}
     monkeypatch.setattr(unet, "ceilings", lambda *place: ceilings)
@@ -129,6 +130,16 @@ def test_scale_measures_what_fits_into_memory(small, run, monkeypatch):
     done = run("lab.bench", "scale", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert [line.split()[9] for line in done.stdout.splitlines()[:-1]] == 3 * ["measured"] + ["fitted"]
+
+
+def test_layouts_are_compared_on_the_same_weights(small, run, monkeypatch):
+    monkeypatch.setattr(layouts, "FRAMES", (4, 16))
+    monkeypatch.setattr(layouts, "SIDE", 8)
+    done = run("lab.bench", "layouts", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    rows = {name: numbers for name, *numbers in map(str.split, done.stdout.splitlines()[1:])}
+    assert list(rows) == list(LAYOUTS) and rows["grid"][-1] == "1.00x"
+    assert float(rows["grid"][3][2:]) > float(rows["causal"][3][2:]) > 0.9  # exponents of the growth
 
 
 @pytest.mark.parametrize("arguments, says", [
