@@ -19,6 +19,7 @@ from clips.decode import PIXEL_LIMIT, Bad, require_file
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # what has such names; for some of what else Pillow knows it starts a program. The last is not in every Pillow
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
+UNKNOWN, BT709, HD = 2, 1, 720  # color spaces as libav numbers them; lines of a picture
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ def fit_frame(frame: av.VideoFrame, aspect: float, width: int, height: int, view
     """
     size, turn = cover(*upright_size(frame, aspect), width, height), quarters(frame)
     w, h = size[::-1] if turn % 2 else size  # resized before it is turned
+    if frame.colorspace == UNKNOWN and frame.height >= HD:  # as browsers show it; libav takes BT.601
+        frame.colorspace = BT709
     if frame.format.has_palette or frame.format.components[-1].is_alpha:
         rgba = frame.reformat(format="rgba").to_ndarray()
         missing = (255 - rgba[..., :3]) * rgba[..., 3:].astype(np.uint16)  # of white

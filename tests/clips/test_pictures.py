@@ -238,6 +238,17 @@ def test_frames_of_many_bits_are_scaled(pix_fmt):
     assert (fit_frame(frame, 1, 32, 64, View()).permute(1, 2, 0).int() - torch.tensor(ramp)).abs().max() <= 2
 
 
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p10le", "yuva420p", "gbrp", "rgb24", "gray"])
+@pytest.mark.parametrize("height, told, coded", [(718, 2, 5), (720, 2, 1), (720, 5, 5), (64, 1, 1)])
+def test_colors_that_a_video_does_not_tell_are_those_that_browsers_take(pix_fmt, height, told, coded):
+    """BT.601 (5) below 720 lines, and BT.709 (1) from there on."""
+    color = [90, 90, 90] if pix_fmt == "gray" else [200, 30, 30]
+    frame = av.VideoFrame.from_ndarray(np.full((height, 64, 3), color, np.uint8))
+    frame = frame.reformat(format=pix_fmt, dst_colorspace=coded)
+    frame.colorspace = told
+    assert (fit_frame(frame, 1, 32, 32, View()).int() - torch.tensor(color)[:, None, None]).abs().max() <= 3
+
+
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue")]
     for ending, more in (("gif", {}), ("png", {}), ("webp", {"lossless": True})):
