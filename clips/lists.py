@@ -78,7 +78,7 @@ class Items:
             raise Bad("its caption is not text")
         captions = tuple(" ".join(caption.split()) for caption in captions if caption.strip())
         if not captions:
-            raise Bad("no caption")
+            raise Bad(f"no caption: neither in {', '.join(CAPTIONS)} nor in a .txt beside it")
         return Item(captions, path)
 
     def name(self, i: int) -> str:
@@ -97,9 +97,9 @@ class Items:
         try:
             row = csv_row(self.record(i)) if self.csv else json.loads(self.record(i))
         except (ValueError, RecursionError) as error:
-            raise Bad("not a line of JSON") from error
+            raise Bad("not a line of JSON; only a .csv is read as CSV") from error
         if not self.csv and not isinstance(row, dict):
-            raise Bad("not a JSON object")
+            raise Bad('not a JSON object: JSON lines are {"path": , "caption": } each, and not in a list')
         if self.csv and len(row) != len(self.header):
             raise Bad("more or fewer columns than the header: is a comma not in quotes?")
         return dict(zip(self.header, row)) if self.csv else row
@@ -199,9 +199,9 @@ def generated_lines(source: str, path: str) -> bytes | None:
                 names = sorted(entry.name for entry in entries if is_data(entry.name, ENDINGS[source]))
                 lines = [{"path": name} for name in names]
     elif source == "label":  # "n01440764 tench, Tinca tinca"
-        pairs = [line.strip().partition(" ") for line in io.StringIO(read_text(path), newline=None)]
-        lines = [{"path": folder, "caption": [name.strip() for name in names.split(",")]}
-                 for folder, _, names in pairs if folder]
+        pairs = [line.split(maxsplit=1) for line in io.StringIO(read_text(path), newline=None)]
+        lines = [{"path": folder, "caption": [name.strip() for name in ",".join(names).split(",")]}
+                 for folder, *names in filter(None, pairs)]
     elif path.lower().endswith(".json"):
         lines = msr_vtt(read_json(path))
     else:
@@ -217,7 +217,8 @@ def msr_vtt(data) -> list[dict]:
         for sentence in data["sentences"]:
             captions.get(sentence["video_id"], []).append(sentence["caption"])  # some belong to videos of another split
     except (KeyError, TypeError) as error:
-        raise ValueError("not of the form of MSR-VTT's json; call JSON lines .jsonl") from error
+        raise ValueError("not of the form of MSR-VTT's json; write anything else as JSON lines, "
+                         '{"path": , "caption": } each, in a .jsonl file') from error
     return [{"videoid": video, "caption": texts} for video, texts in captions.items()]
 
 
@@ -313,10 +314,10 @@ def row_starts(file, lines: int) -> np.ndarray:
 def csv_row(text: str) -> list[str]:
     """The fields of a row, as the csv module reads them.
 
-    Raises Bad on a row of several lines that has text behind a closing quote: some quote is stray, and the row has
-    swallowed others.
+    Raises Bad where text is behind a closing quote in a row of several lines: some quote is stray, and the row has
+    swallowed others; or in one with \\", which some programs write for "".
     """
     try:
-        return next(csv.reader([text], strict=any(end in text.rstrip("\r\n") for end in "\r\n")))
+        return next(csv.reader([text], strict=any(mark in text.rstrip("\r\n") for mark in ("\r", "\n", '\\"'))))
     except csv.Error as error:
-        raise Bad("not a line of CSV: is a quote not closed?") from error
+        raise Bad("not a line of CSV: is a quote not closed, or not doubled?") from error

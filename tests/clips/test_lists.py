@@ -92,8 +92,8 @@ def test_label_names_with_synonyms(tmp_path):
     (tmp_path / "n01440764").mkdir()
     (tmp_path / "sea_lion").mkdir()
     assert Items("label", str(tmp_path))[1].captions == ("sea lion",)
-    for name in ("names.txt", "names.csv"):
-        (tmp_path / name).write_text("n01440764 tench, Tinca tinca\n")
+    for name, gap in (("names.txt", " "), ("names.csv", "\t")):
+        (tmp_path / name).write_text(f"n01440764{gap}tench, Tinca tinca \n\n")
         items = Items("label", str(tmp_path / name))
         assert [items[i] for i in range(len(items))] == [Item(("tench", "Tinca tinca"), str(tmp_path / "n01440764"))]
 
@@ -152,7 +152,10 @@ def test_any_line_is_an_item_or_bad(place, line, name):
     ("video", "l.csv", "path,caption\na,caf\xe9\n", "is not of a known form: line 2: not text in UTF-8$"),
     ("video", "l.csv", "path,caf\xe9\na,b\n", "is not of a known form: line 1: not text in UTF-8$"),
     ("video", "l.csv", "path,\0\na,b\n", "is not of a known form: line 1: "),
-    ("caption", "l.jsonl", "\n{not json", "is not of a known form: line 2: not a line of JSON$"),
+    ("caption", "l.jsonl", "\n{not json", "is not of a known form: line 2: not a line of JSON; only a .csv "
+                                   "is read as CSV$"),
+    ("caption", "l.tsv", "path\tcaption\n", "is not of a known form: line 1: .*; only a .csv is read as CSV$"),
+    ("caption", "l.jsonl", '[{"path": "a.mp4"}]', "is not of a known form: line 1: .*each, and not in a list$"),
     ("caption", "l.jsonl", '{"caption": "\xe9"}', "is not of a known form: line 1: not text in UTF-8$"),
     ("caption", "l.jsonl", "", "is empty$"), ("video", "l.csv", "", "is empty$"),
     ("video", "l.csv", "\r\n\n", "is empty$"), ("video", "l.csv", "videoid,name\n", "is empty$"),
@@ -160,7 +163,8 @@ def test_any_line_is_an_item_or_bad(place, line, name):
     ("label", "l.txt", "a b\nc \xe9\n", "is not of a known form: .*l.txt, line 2: not text in UTF-8"),
     ("video", "l.json", '{"videos":\n\xe9', "is not of a known form: .*l.json, line 2: not text in UTF-8"),
     ("video", "l.json", '{"videos":\n]', "is not of a known form: .*l.json, line 2: not JSON"),
-    ("video", "l.JSON", "{}", "is not of a known form: not of the form of MSR-VTT's json; call JSON lines .jsonl$"),
+    ("video", "l.JSON", "{}", "is not of a known form: not of the form of MSR-VTT's json; write anything "
+                           'else as JSON lines, {"path": , "caption": } each, in a .jsonl file$'),
     ("video", "l.json", '[{"path": "a.mp4"}]', "is not of a known form: not of the form of MSR-VTT's json")])
 def test_bad_lists_are_named(tmp_path, source, name, content, says):
     path = tmp_path / name
@@ -241,7 +245,8 @@ STRAY = ": is a quote not closed"
     ("0.mp4,a dog\r\n1.mp4,a cat\n2.mp4,a\u2028bird\x85\r", ["a dog", "a cat", "a bird"]),
     ('0.mp4,a dog\n1.mp4,a cat, running\n2.mp4\n3.mp4,"a cat, running"\n', ["a dog", MANY, MANY, "a cat, running"]),
     ('0.mp4,a dog\n1.mp4,"a cat\n2.mp4,"a bird"\n3.mp4,a fox\n', ["a dog", STRAY, "a fox"]),
-    ('0.mp4,a dog\n1.mp4,"a cat\n2.mp4,a 12" pizza\n3.mp4,a fox\n', ["a dog", STRAY, "a fox"])])
+    ('0.mp4,a dog\n1.mp4,"a cat\n2.mp4,a 12" pizza\n3.mp4,a fox\n', ["a dog", STRAY, "a fox"]),
+    ('0.mp4,"a 5\\"" phone, \\"\n1.mp4,"a \\"big\\" cat"\n2.mp4,a dog', ['a 5\\" phone, \\', STRAY, "a dog"])])
 def test_a_row_of_csv_is_read_whole_or_bad(tmp_path, text, right):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le"):
         mark = codecs.BOM_UTF16_LE if encoding == "utf-16-le" else b""
@@ -285,12 +290,13 @@ def test_a_quote_that_is_never_closed_is_told_with_its_line(tmp_path, tail, line
 
 
 NO_TEXT = "its caption is not text in UTF-8"
+NO_CAPTION = "no caption: neither in caption, prompt, name nor in a .txt beside it"
 
 
 @pytest.mark.parametrize("text, right", [
     ("a dog é".encode(), "a dog é"), ("a dog é".encode("utf-8-sig"), "a dog é"),
     ("a dog é".encode("utf-16"), "a dog é"), (codecs.BOM_UTF16_BE + "a dog é".encode("utf-16-be"), "a dog é"),
-    (b"a\r\ndog\r", "a dog"), (b"", "no caption"), ("a dog's".encode("utf-16-le"), NO_TEXT),
+    (b"a\r\ndog\r", "a dog"), (b"", NO_CAPTION), ("a dog's".encode("utf-16-le"), NO_TEXT),
     (b"a man\x92s hat", NO_TEXT), (b"a\0dog", NO_TEXT),
     (b"dog " * 300_000, "its caption is longer than 1048576 bytes")])
 def test_the_text_beside_a_clip_is_text_or_bad(tmp_path, text, right):
@@ -307,7 +313,7 @@ def test_the_text_beside_a_clip_is_text_or_bad(tmp_path, text, right):
 def test_the_text_beside_a_clip_is_never_guessed(place, text):
     (place / "a.txt").write_bytes(text)
     found = captions(read(place, "path\na.mp4\n"))[0]
-    if found not in (NO_TEXT, "no caption"):
+    if found not in (NO_TEXT, NO_CAPTION):
         marks = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
         assert found == " ".join(text.decode(marks.get(text[:2], "utf-8-sig")).split())
 
@@ -315,7 +321,7 @@ def test_the_text_beside_a_clip_is_never_guessed(place, text):
 def test_a_fifo_beside_a_clip_is_no_text(tmp_path):
     (tmp_path / "a.mp4").touch()
     os.mkfifo(tmp_path / "a.txt")
-    assert captions(Items("video", str(tmp_path))) == ["no caption"]
+    assert captions(Items("video", str(tmp_path))) == [NO_CAPTION]
 
 
 BYSTANDERS = [".DS_Store", ".ipynb_checkpoints", "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "~$b.mp4", "b.mp4~",
