@@ -25,7 +25,9 @@ PRODUCT = sorted(path for path in Path(ROOT).rglob("*.py") if path.relative_to(R
                  ("tests", "configs", "build", "runs", "data", "out") and ".venv" not in path.parts)
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PRODUCT}
 ROOT_BUDGET, FILE_BUDGET = 1600, 400  # lines
-CODE_BUDGET = 6000  # lines of the whole product that are neither blank nor a docstring
+# lines that are neither blank nor a docstring: 6,000 for the paper's system and how it is measured; what came after it,
+# inputs of any kind (1,100) and other ways to see time with the weights that exist for them (500), stands on top
+CODE_BUDGET = 7600
 
 
 def floor(name: str) -> int:
