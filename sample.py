@@ -15,7 +15,7 @@ from tqdm import tqdm
 import cli
 import sd
 from cli import option
-from clips.write import claim_paths, playback_fps, release, write_video
+from clips.write import claim_paths, playback_fps, write_video
 from grid import fold, grid_shape, unfold
 from sd.device import DTYPES, at_work, check_memory, has_room, pick_device, pick_dtype, require_finite
 from sd.settings import LAYOUTS
@@ -217,8 +217,9 @@ class Request:
             return ["one frame is made without grid and FPS, as by the model that this one was trained from"
                     ] * s.grid_trained
         if not s.grid_trained:
+            motion = ", or give it motion modules with --motion" * (s.layout == "temporal")
             return ["this model's layers over time were never trained: expect unrelated pictures, not a video (train "
-                    "it with train.py, or give it motion modules with --motion)" if model.unet.layout.per_frame else
+                    f"it with train.py{motion})" if model.unet.layout.per_frame else
                     "this model never saw a grid of frames: expect a collage, not a video (train it with train.py)"]
         told = []
         if not s.fps_trained:  # motion modules that others trained, with no frame rate told and on any base
@@ -328,7 +329,8 @@ def main():
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     videos = [(prompt, options.seed + n) for prompt in options.prompt for n in range(options.num)]
-    release(claim_paths(options.out, videos, options.frames == 1))  # now, not after a model is loaded
+    with claim_paths(options.out, videos, options.frames == 1):  # now, not after a model is loaded
+        pass
     model = sd.load(options.ckpt or SHIPPED, "cpu", dtype, options.prediction or None,
                     layout=options.layout or None, motion=options.motion or None, lora=map(read_lora, options.lora))
     if has_room(device, model.parts().values()):
@@ -338,20 +340,17 @@ def main():
         cli.warn(text)
     for cut in filter(None, model.text.tokenize([*options.prompt, options.negative])[1]):
         cli.warn(f"the prompt is longer than the text tower reads; cut off: {cut!r}")
-    paths = claim_paths(options.out, videos, options.frames == 1)
     print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
     name = os.path.basename(options.ckpt or SHIPPED) if os.path.exists(options.ckpt or SHIPPED) else options.ckpt
     told = {f.name: getattr(options, f.name) for f in fields(Request)} | {"ckpt": name}  # and no path of this machine
     told |= {key: model.settings.origin[key] for key in ("motion", "lora") if key in model.settings.origin}
-    try:
-        steps = len(videos) * options.steps * (options.frames // options.at_once(model))
-        with tqdm(total=steps, unit="step", desc="sample", file=sys.stderr) as bar:
-            for (prompt, seed), path in zip(videos, paths):
-                request = replace(options, prompt=(prompt,), seed=seed)
-                video = generate(model, request, progress=lambda *_: bar.update(), device=device)[0]
-                write_video(path, video, playback_fps(options.fps), told | {"prompt": prompt, "seed": seed})
-    finally:
-        release(paths)
+    steps = len(videos) * options.steps * (options.frames // options.at_once(model))
+    with (claim_paths(options.out, videos, options.frames == 1) as paths,
+          tqdm(total=steps, unit="step", desc="sample", file=sys.stderr) as bar):
+        for (prompt, seed), path in zip(videos, paths):
+            request = replace(options, prompt=(prompt,), seed=seed)
+            video = generate(model, request, progress=lambda *_: bar.update(), device=device)[0]
+            write_video(path, video, playback_fps(options.fps), told | {"prompt": prompt, "seed": seed})
     print(*paths, sep="\n")
 
 

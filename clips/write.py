@@ -4,8 +4,9 @@ import itertools
 import json
 import os
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -90,20 +91,24 @@ def contact_sheet(video: np.ndarray, cols: int | None = None, gap=2) -> np.ndarr
 # Names of files to come
 
 
-def claim_paths(out: str, videos: list[tuple[str, int]], still: bool) -> list[str]:
-    """Choose a free path for each video, a (prompt, seed), and keep other processes off it until `release`.
+@contextmanager
+def claim_paths(out: str, videos: list[tuple[str, int]], still: bool):
+    """Context manager: a free path for each video, a (prompt, seed), which other processes are kept off meanwhile.
 
     out  a folder; or the name of a file, which gets numbers where there are several videos
 
-    Raises ValueError or OSError when a file is there already or cannot be written.
+    Raises ValueError or OSError when a file is there already or cannot be written. No new folder is left empty.
     """
     stem, kind = (out, "") if os.path.isdir(out) else os.path.splitext(out)
     if kind and kind.lower() not in WRITERS:
         raise ValueError(f"out must be a folder, or end in {', '.join(WRITERS)}, got {out!r}; "
                          "a new folder with a dot in its name must end in /")
     digits = max(3, len(str(len(videos) - 1)))  # sorted by name, files are in the order of the prompts
+    new = [folder for folder in Path(out, "" if kind else "video").parents if not os.path.exists(folder)]
     claimed = []
     try:
+        for folder in reversed(new):
+            os.makedirs(folder, exist_ok=True)
         for n, (prompt, seed) in enumerate(videos):
             if kind:
                 names = [out if len(videos) == 1 else f"{stem}-{n:0{digits}d}{kind}"]
@@ -115,10 +120,13 @@ def claim_paths(out: str, videos: list[tuple[str, int]], still: bool) -> list[st
             if not path:
                 raise ValueError(f"{names[0]} is there already, or is being written: choose another out, or remove it")
             claimed.append(path)
-    except BaseException:
-        release(claimed)
-        raise
-    return claimed
+        yield claimed
+    finally:
+        for path in claimed:
+            release(path)
+        for folder in new:
+            with suppress(OSError):
+                os.rmdir(folder)
 
 
 def numbered(stem: str, kind: str):
@@ -130,19 +138,17 @@ def numbered(stem: str, kind: str):
 
 def claim(path: str) -> bool:
     """Take a path, unless it is taken: by a file, or by the `.part` beside it, which is what cli.beside writes to."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         os.close(os.open(f"{path}.part", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return False
     if os.path.lexists(path):
-        release([path])
+        release(path)
         return False
     return True
 
 
-def release(paths: list[str]):
-    """Give claimed paths back; a file that was written there stays."""
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.remove(f"{path}.part")
+def release(path: str):
+    """Give a claimed path back; a file that was written there stays."""
+    with suppress(FileNotFoundError):
+        os.remove(f"{path}.part")

@@ -175,10 +175,12 @@ def test_it_trains_saves_loads_and_samples(world, finished, tmp_path, run):
     assert done.returncode == 2 and "sample.py: frames must be <= 9, as many as the model" in done.stderr
 
 
-def test_a_fresh_one_is_said_to_be_untrained(micro, tmp_path, run):
-    done = run("sample.py", "a", "--ckpt", micro, "--layout=temporal", "--steps=1", "--out", tmp_path / "a.gif")
+@pytest.mark.parametrize("layout", ["temporal", "causal", "swap"])
+def test_a_fresh_one_is_said_to_be_untrained(layout, micro, tmp_path, run):
+    done = run("sample.py", "a", "--ckpt", micro, f"--layout={layout}", "--steps=1", "--out", tmp_path / "a.gif")
     assert done.returncode == 0, done.stderr
-    assert "was trained with the layout 'grid', not 'temporal'" in done.stderr
+    assert f"was trained with the layout 'grid', not {layout!r}" in done.stderr
+    assert ("motion modules with --motion" in done.stderr) == (layout == "temporal"), "only there do they have a place"
     assert "layers over time were never trained" in done.stderr and "never saw a grid" not in done.stderr
 
 

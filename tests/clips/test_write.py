@@ -12,7 +12,7 @@ from PIL import Image
 
 from clips.decode import frames_at, opened
 from clips.pictures import View, fit_frame
-from clips.write import claim_paths, contact_sheet, playback_fps, release, write_video
+from clips.write import claim_paths, contact_sheet, playback_fps, write_video
 
 
 @pytest.mark.parametrize("fps", [0.5, 4, 8, 29.97, 60, 120])
@@ -103,16 +103,15 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, ending):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     old.write_text("as it was")
     for size in (0, 1000, 5000):
-        path, = claim_paths(str(tmp_path / "new" / f"v.{ending}"), [("", 0)], False)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            for target in (path, str(old)):
-                with pytest.raises(OSError, match="cannot be written: File too large"):
-                    write_video(target, video, 8, {})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            release([path])
-    assert os.listdir(tmp_path / "new") == [] and old.read_text() == "as it was" and len(os.listdir(tmp_path)) == 2
+        with claim_paths(str(tmp_path / "new" / f"v.{ending}"), [("", 0)], False) as (path,):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            try:
+                for target in (path, str(old)):
+                    with pytest.raises(OSError, match="cannot be written: File too large"):
+                        write_video(target, video, 8, {})
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == [old.name] and old.read_text() == "as it was"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,16 +125,15 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, ending):
 def test_names_of_any_prompts_can_be_held(tmp_path_factory, prompts):
     """In the folder, each its own even where case does not count, and short enough for encrypted file systems (143)."""
     folder = tmp_path_factory.mktemp("names")
-    paths = claim_paths(str(folder), [(prompt, -(2**63)) for prompt in prompts], False)
-    assert len({path.lower() for path in paths}) == len(prompts)
-    for path in paths:
-        name = os.path.basename(path)
-        assert os.path.dirname(path) == str(folder) and len(os.fsencode(name + ".part.try")) <= 143
-        assert name[0] not in ".- " and not set(name) & set('<>:"/\\|?*\0')
-        assert name.split(".")[0].upper() not in ("CON", "NUL", "AUX", "PRN")
-        with open(path, "w"):
-            pass
-    release(paths)
+    with claim_paths(str(folder), [(prompt, -(2**63)) for prompt in prompts], False) as paths:
+        assert len({path.lower() for path in paths}) == len(prompts)
+        for path in paths:
+            name = os.path.basename(path)
+            assert os.path.dirname(path) == str(folder) and len(os.fsencode(name + ".part.try")) <= 143
+            assert name[0] not in ".- " and not set(name) & set('<>:"/\\|?*\0')
+            assert name.split(".")[0].upper() not in ("CON", "NUL", "AUX", "PRN")
+            with open(path, "w"):
+                pass
     assert sorted(os.listdir(folder)) == sorted(map(os.path.basename, paths))
 
 
@@ -143,16 +141,26 @@ def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
     (tmp_path / "v1.5").mkdir()
     (tmp_path / "a.mp4").mkdir()
     for out in ("v1.5", "v1.5/", "new.v2/", "a.mp4", "plain"):
-        paths = claim_paths(f"{tmp_path}/{out}", [("a cat", 3)], True)
-        assert paths == [f"{tmp_path}/{out.rstrip('/')}/a-cat-seed3.png"]
-        release(paths)
+        with claim_paths(f"{tmp_path}/{out}", [("a cat", 3)], True) as paths:
+            assert paths == [f"{tmp_path}/{out.rstrip('/')}/a-cat-seed3.png"]
     for out in ("clip.webp", "v1.6"):
         with pytest.raises(ValueError, match=r"end in \.mp4, \.gif, \.png, got .* a new folder with a dot"):
-            claim_paths(str(tmp_path / out), [("a cat", 3)], True)
+            claim_paths(str(tmp_path / out), [("a cat", 3)], True).__enter__()
 
 
 def test_files_that_are_there_stay(tmp_path):
     (tmp_path / "a.mp4").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
-        claim_paths(str(tmp_path / "a.mp4"), [("a cat", 3)], False)
+        claim_paths(str(tmp_path / "a.mp4"), [("a cat", 3)], False).__enter__()
     assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_folders_are_left_behind_only_with_something_in_them(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for out in ("new/newer/a.mp4", "new/newer/", "mine/new", "mine", "mine/" + "deep/" * 2500):
+        with pytest.raises(OSError), claim_paths(f"{tmp_path}/{out}", [("a cat", 3)], False):
+            raise OSError("what was to come did not")
+        assert os.listdir(tmp_path) == ["mine"] and os.listdir(tmp_path / "mine") == []
+    with claim_paths(f"{tmp_path}/new/newer", [("a cat", 3)], False) as (path,):
+        open(path, "w").close()
+    assert os.listdir(tmp_path / "new" / "newer") == ["a-cat-seed3.mp4"]
