@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from layers.cpu import HAS_UNITS
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -29,8 +31,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.float16
-    units = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return torch.bfloat16 if units and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and HAS_UNITS else torch.float32
 
 
 def precision(dtype: torch.dtype, device: torch.device):

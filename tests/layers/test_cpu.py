@@ -9,8 +9,9 @@ from model import split_heads
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_long_attention_in_bfloat16_is_softmax(gradients, biased):
+def test_long_attention_in_bfloat16_is_softmax(gradients, biased, monkeypatch):
     """By parts, the last of them short, on the strides that split heads have; beside float64."""
+    monkeypatch.setattr(cpu, "HAS_UNITS", True)
     g = torch.Generator().manual_seed(0)
     q, k, v, weight = (split_heads(torch.randn(2, 1100, 3 * 32, generator=g).bfloat16(), 3) for _ in range(4))
 
@@ -29,3 +30,11 @@ def test_long_attention_in_bfloat16_is_softmax(gradients, biased):
         rounding = 2 if biased else 1  # logits are larger
         assert (a - e).norm() / e.norm() < 0.007 * rounding
         assert (a - e).norm() < 3 * rounding * (b - e).norm()
+
+
+def test_without_units_for_bfloat16_the_fused_kernel_works(monkeypatch):
+    """By parts would take many times as long there."""
+    monkeypatch.setattr(cpu, "HAS_UNITS", False)
+    q, k, v = torch.randn(3, 1, 2, 1100, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(cpu.attention(q, k, v), fused) and not torch.equal(cpu.AttentionByParts.apply(q, k, v), fused)
