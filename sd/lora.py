@@ -40,21 +40,24 @@ def merge_lora(model: Model, path: str, scale: float = 1.0):
     """
     if not math.isfinite(scale):
         raise ValueError(f"the scale of {path} must be a finite number, got {scale}")
-    file, places = open_weights(path), targets(model)
+    file, places, pairs = open_weights(path), targets(model), []
     alpha_of = told_alphas(path, file, places)
-    for (part, parameter, i, n), names in by_layer(path, file, places).items():
+    for (part, parameter, i, n), names in by_layer(path, file, places).items():  # nothing is added before all fits
         weight = model.parts()[part].get_parameter(parameter).data.chunk(n)[i]
-        down, up = (file.get(names[end]).float() for end in ("down", "up"))
-        (out, rank, *_), (rank_too, *_) = (*up.shape, 0, 0), (*down.shape, 0)
+        down, up = (file.shapes[names[end]] for end in ("down", "up"))
+        (out, rank, *_), (rank_too, *_) = (*up, 0, 0), (*down, 0)
         good = out == len(weight) and rank == rank_too > 0
-        if not good or up.numel() != out * rank or down.numel() != rank * weight[0].numel():
-            raise ValueError(f"{path}: {names['up']} is {tuple(up.shape)} and {names['down']} {tuple(down.shape)}; the "
+        if not good or math.prod(up) != out * rank or math.prod(down) != rank * weight[0].numel():
+            raise ValueError(f"{path}: {names['up']} is {tuple(up)} and {names['down']} {tuple(down)}; the "
                              f"layer's weight is {tuple(weight.shape)}: is it for another Stable Diffusion?")
         alpha = file.get(names["alpha"]).float().mean().item() if "alpha" in names else None
         alpha = alpha_of(part, parameter, i, rank) if alpha is None else alpha
         if not math.isfinite(alpha):
             raise ValueError(f"{path}: {names['alpha']} must be a finite number, got {alpha}")
-        change = scale * alpha / rank * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+        pairs.append((weight, names, scale * alpha / rank))
+    for weight, names, factor in pairs:
+        down, up = (file.get(names[end]).float().flatten(1) for end in ("down", "up"))
+        change = factor * (up @ down).view(weight.shape)
         weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change.to(weight.device))
     origin = model.settings.origin
     merged = [*origin.get("lora", ()), {"from": os.path.basename(path), "scale": scale}]

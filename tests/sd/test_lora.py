@@ -208,6 +208,21 @@ def test_what_is_no_lora_of_this_model_is_named(tensors, says, tmp_path):
     assert says in str(refusal.value) and path in str(refusal.value)
 
 
+def test_a_lora_that_does_not_fit_in_one_layer_changes_none(tmp_path):
+    path, model = str(tmp_path / "lora.safetensors"), copy.deepcopy(small())
+    names = [f"lora_unet_{layer}" for layer in ("conv_in", "conv_out", "down_blocks_0_downsamplers_0_conv")]
+    for bad in range(len(names)):
+        tensors = {}
+        for i, (name, shape) in enumerate(zip(names, ((16, 4, 3, 3), (4, 16, 3, 3), (16, 16, 3, 3)))):
+            tensors |= {f"{name}.lora_up.weight": torch.ones(shape[0], 2),
+                        f"{name}.lora_down.weight": torch.ones(2, shape[1] + (i == bad), 3, 3)}
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match="another Stable Diffusion"):
+            merge_lora(model, path)
+        for (name, now), before in zip(model.unet.state_dict().items(), small().unet.state_dict().values()):
+            assert torch.equal(now, before), name
+
+
 def test_loaded_with_a_lora_and_saved_it_stays(tmp_path):
     base, lora, out = (str(tmp_path / name) for name in ("base.safetensors", "lora.safetensors", "out.safetensors"))
     sd.save(small(), base)
