@@ -20,7 +20,7 @@ from torch import nn
 
 from cli import beside, warn
 from layers.basic import initialize, zero
-from sd.files import Weights
+from sd.files import Weights, open_weights
 from sd.lora import merge_lora
 from sd.motion import add_motion
 from sd.names import SD1_TEXT, file_name, text_parameters
@@ -108,6 +108,7 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
         source.fresh += () if motion else ("layout.",)
     if layout_options:
         source.settings = replace(source.settings, layout_options=source.settings.layout_options | layout_options)
+    lora = [(file, scale) for file, scale in lora if open_weights(file)]  # what is none is told before the work
     model = assemble(source, device, dtype, motion)
     for file, scale in lora:
         merge_lora(model, file, scale)

@@ -58,6 +58,8 @@ def merge_lora(model: Model, path: str, scale: float = 1.0):
     for weight, names, factor in pairs:
         down, up = (file.get(names[end]).float().flatten(1) for end in ("down", "up"))
         change = factor * (up @ down).view(weight.shape)
+        if not change.isfinite().all():
+            raise ValueError(f"{path}: {names['down']} or {names['up']} holds NaN or infinity: the file is damaged")
         weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change.to(weight.device))
     origin = model.settings.origin
     merged = [*origin.get("lora", ()), {"from": os.path.basename(path), "scale": scale}]

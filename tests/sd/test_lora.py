@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import example, given, settings, strategies
 from references import FAMILIES, error, inputs, reference, save_reference
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sd
@@ -198,11 +199,14 @@ GOOD = "lora_unet_down_blocks_0_downsamplers_0_conv"
      "changes what the model does not have: lora_te2_text.lora_down.weight, lora_unet_down_blocks_9_conv.lora_down"),
     ({f"down_blocks.{i}.motion_modules.9.to_q_lora.down.weight": (4, 16) for i in range(5)},
      "and 2 more; a Motion LoRA needs motion modules"),
+    ({f"{GOOD}.lora_down.weight": (4, 16, 3, 3), f"{GOOD}.lora_up.weight": (16, 4, 1, 1), f"{GOOD}.alpha": (1, 1)},
+     "lora_up.weight holds NaN or infinity"),
     ({"cat.weight": (1,)}, "changes what the model does not have: cat.weight"),
 ])
 def test_what_is_no_lora_of_this_model_is_named(tensors, says, tmp_path):
     path = str(tmp_path / "lora.safetensors")
-    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
+    save_file({name: torch.full(shape, torch.nan if "NaN" in says and "up" in name else 1.0)
+               for name, shape in tensors.items()}, path)
     with pytest.raises(ValueError) as refusal:
         merge_lora(copy.deepcopy(small()), path)
     assert says in str(refusal.value) and path in str(refusal.value)
@@ -236,3 +240,16 @@ def test_loaded_with_a_lora_and_saved_it_stays(tmp_path):
     expected = weight + 0.75 * (up.flatten(1) @ down.flatten(1)).view_as(weight)
     torch.testing.assert_close(again.unet.input_blocks[2][0].op.weight, expected.half(), rtol=2e-3, atol=1e-4)
     assert [entry["scale"] for entry in again.settings.origin["lora"]] == [0.5, 0.25]
+
+
+def test_a_lora_that_is_not_there_is_told_before_the_model_is_made(tmp_path):
+    base, missing = str(tmp_path / "base.safetensors"), str(tmp_path / "missing.safetensors")
+    sd.save(small(), base)
+    tensors = load_file(base)
+    tensors.popitem()
+    with safe_open(base, "pt") as file:
+        save_file(tensors, base, file.metadata())
+    with pytest.raises(ValueError, match="missing.safetensors cannot be read"):
+        sd.load(base, lora=[(missing, 1.0)])
+    with pytest.raises(ValueError, match="lacks"):
+        sd.load(base)
