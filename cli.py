@@ -217,7 +217,7 @@ def help_of(about, default) -> str:
     known = [str(choice) for choice in about.get("choices") or () if choice]
     if isinstance(default, tuple):
         default = ("x" if about.get("read") is read_size else ",").join(map(str, default))
-    given = [f"default {default}"] if default not in (None, "", False) else []
+    given = [f"default {default}"] if default not in (None, "", {}) and default is not False else []
     return "; ".join([about.get("help", "")] + ([f"one of {', '.join(known)}"] if known else []) + given)
 
 

@@ -339,7 +339,7 @@ def main():
     for text in options.unseen(model):
         cli.warn(text)
     for cut in filter(None, model.text.tokenize([*options.prompt, options.negative])[1]):
-        cli.warn(f"the prompt is longer than the text tower reads; cut off: {cut!r}")
+        cli.warn(f"the prompt is longer than the text tower reads; cut off: {cut[:200]!r}{' ...' * (len(cut) > 200)}")
     print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
     name = os.path.basename(options.ckpt or SHIPPED) if os.path.exists(options.ckpt or SHIPPED) else options.ckpt
     told = {f.name: getattr(options, f.name) for f in fields(Request)} | {"ckpt": name}  # and no path of this machine

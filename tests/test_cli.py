@@ -96,6 +96,7 @@ def test_help_says_what_every_option_is(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
     assert "Says words." in text and "100% of them; default 50" in text and "one of one, two" in text
+    assert cli.help_of({"help": "a seed"}, 0) == "a seed; default 0" and "{}" not in cli.help_of({}, {})
 
 
 @given(st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.tuples(st.integers())))

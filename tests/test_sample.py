@@ -224,7 +224,9 @@ def test_prompts_file_and_image(run, micro, tmp_path):
 def test_long_prompt_runs_and_says_what_was_cut(run, micro, tmp_path):
     done = run("sample.py", "red " * 75 + "elephant parade", "--ckpt", micro, "--steps", 1, "--out", tmp_path / "a.png")
     assert done.returncode == 0
-    assert "cut off: 'elephant parade'" in done.stderr
+    assert "cut off: 'elephant parade'\n" in done.stderr
+    done = run("sample.py", "red " * 10_000, "--ckpt", micro, "--steps", 1, "--out", tmp_path / "b.png")
+    assert "cut off: 'red red red" in done.stderr and "' ...\n" in done.stderr and len(done.stderr) < 1000
 
 
 def test_warns_of_what_the_model_never_saw(run, micro, tmp_path):
