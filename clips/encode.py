@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import sd
-from cli import option, parse, read_size, read_text, run, write_text
+from cli import option, parse, read_size, read_text, run, warn, write_text
 from clips.changes import described, hexes, is_stale, made_from
 from clips.decode import VIDEO_FPS, Bad
 from clips.encoded import LINE_START, EncodedClips, fingerprint, read_settings
@@ -42,7 +43,7 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
     """
     if not update:
         require_absent(out)
-    sources, part = [Items(source, path) for source, path in lists.items()], out + ".part"
+    sources, part, reasons = [Items(source, path) for source, path in lists.items()], out + ".part", Counter()
     made = {items.source: made_from(items) for items in sources}
     origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype), "vae": fingerprint(model.vae)}
     origin |= {"tower": fingerprint(model.text)} if text else {}
@@ -62,6 +63,7 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
                     link(os.path.join(out, name), os.path.join(part, name))
                 else:
                     write_tensors(tensors, os.path.join(part, name))
+                reasons.update(line["bad"] for line in lines if "bad" in line)
                 index.writelines(json.dumps(line).encode() + b"\n" for line in lines)
                 index.flush()
         if os.name == "nt":  # no folder can be renamed there while a file in it is open
@@ -71,6 +73,9 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
             os.rename(out, os.path.join(part, FORMER))
         os.rename(part, out)
     shutil.rmtree(os.path.join(out, FORMER), ignore_errors=True)
+    if reasons:
+        why = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
+        warn(f"{reasons.total()} samples cannot be used ({why}): clips.check names their files")
 
 
 def shards(model, items: Items, done, spec: Spec, text: bool, dtype, made, old: EncodedClips | None, same):

@@ -14,6 +14,7 @@ import cli
 import sd
 from clips.encode import encode
 from clips.jobs import appending
+from clips.lists import Items
 
 
 def test_encode_refuses_to_overwrite(encoded, lists, micro):
@@ -83,6 +84,14 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(lists, world, micro, t
 def test_what_is_encoded_can_be_read_by_whom_the_umask_lets(encoded):
     modes = {os.stat(os.path.join(encoded, name)).st_mode & 0o777 for name in os.listdir(encoded)}
     assert modes == {0o666 & ~cli.UMASK}
+
+
+def test_what_cannot_be_used_is_told(lists, micro, tmp_path, capsys):
+    path = Items("video", lists["video"])[0].path
+    (tmp_path / "list.csv").write_text(f"path,caption\n{path},a cat\nnowhere.mp4,a dog\nlost.mp4,a dog\n{path},\n")
+    encode(sd.load(micro), {"video": str(tmp_path / "list.csv")}, str(tmp_path / "out"), SPEC)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert "3 samples cannot be used (2 x missing; 1 x no caption" in told and "clips.check" in told
 
 
 def test_a_damaged_interrupted_encoding_is_told(encoded, lists, micro, tmp_path):
