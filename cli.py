@@ -249,7 +249,7 @@ def run(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no sys.stdout
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough

@@ -227,3 +227,8 @@ def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
         shell = ["sh", "-c", f'umask {mask}; exec "$@"', "sh"]
         subprocess.run([*shell, sys.executable, "-c", code, ROOT, tmp_path / mask], check=True)
         assert f"{os.stat(tmp_path / mask).st_mode & 0o777:o}" == mode
+
+
+def test_a_command_may_be_started_without_a_standard_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as `>&-` leaves it, and pythonw on Windows
+    cli.run(lambda: None)
