@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import av
 
 VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
-VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
+VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv",
+                 ".3gp", ".ogv", ".mts", ".m2ts")
 
 TIME_LIMIT = 30  # seconds to open a file, and to decode the frames of a clip
 BYTE_LIMIT = 1 << 29  # of a clip, compressed

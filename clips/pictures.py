@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 from cli import warn
 from clips.decode import PIXEL_LIMIT, Bad, require_file
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif")
 # what has such names; for some of what else Pillow knows it starts a program. The last is not in every Pillow
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 UNKNOWN, BT709, HD = 2, 1, 720  # color spaces as libav numbers them; lines of a picture

@@ -88,6 +88,15 @@ def test_folder_of_clips_and_texts(tmp_path):
         items[2]
 
 
+@pytest.mark.parametrize("source, names", [("video", ["a.3gp", "b.MTS", "c.m2ts", "d.ogv"]),
+                                           ("caption", ["a.avif", "b.JFIF"])])
+def test_folders_of_phones_cameras_and_browsers(tmp_path, source, names):
+    for name in names:
+        (tmp_path / name).touch()
+    items = Items(source, str(tmp_path))
+    assert [os.path.basename(items.name(i)) for i in range(len(items))] == names
+
+
 def test_label_names_with_synonyms(tmp_path):
     (tmp_path / "n01440764").mkdir()
     (tmp_path / "sea_lion").mkdir()
