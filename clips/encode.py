@@ -258,6 +258,8 @@ def main():
         print(f"{o.out}: {described(changes)}")
         if not is_stale(changes) and not changes["absent"]:
             return
+    for path in lists.values():
+        os.stat(path)  # now, not after a model is loaded
     model = sd.load(o.ckpt, pick_device(o.device))
     model.check_size(*o.size, o.frames)
     spec = Spec(o.frames, *o.size, o.fps, o.starts, o.draws, o.random_crop, o.flip, o.seed)

@@ -130,3 +130,8 @@ def test_encode_says_mistakes_in_one_line(world, micro, tmp_path, run, options, 
     done = run("clips.encode", tmp_path / "out", "--ckpt", micro, "--label", f"{world}/labels", *options)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not os.listdir(tmp_path)
+
+
+def test_a_list_that_is_not_there_is_told_before_a_model_is_loaded(tmp_path, run):
+    done = run("clips.encode", tmp_path / "out", "--ckpt", tmp_path / "no-model", "--video", tmp_path / "nope.csv")
+    assert done.returncode == 2 and "nope.csv: No such file or directory" in done.stderr
