@@ -23,7 +23,8 @@ from cli import MARKS, read_json, read_text
 from clips.decode import VIDEO_ENDINGS, Bad
 from clips.pictures import IMAGE_ENDINGS
 
-PATHS, CAPTIONS = ("videoid", "path", "img_path"), ("caption", "prompt", "name")  # what columns may be called
+# what columns may be called: here, by WebVid, by the paper's captioned images, and in Hugging Face's folders
+PATHS, CAPTIONS = ("videoid", "path", "img_path", "file_name"), ("caption", "prompt", "text", "name")
 ENDINGS = {"video": VIDEO_ENDINGS, "caption": IMAGE_ENDINGS}
 TEXT_LIMIT = 1 << 20  # bytes of the text beside a clip
 # names of hidden files, of locks and of backups, and of what Macs, Windows and network drives keep beside pictures
@@ -111,9 +112,9 @@ class Items:
             names = [os.path.join(videos, sub, name) for sub in (page, "") for videos in ("videos", "")]
             places = [os.path.join(self.folder, inside(name)) for name in names]
             return next(filter(os.path.exists, places), places[0])
-        name = fields.get("path") or fields.get("img_path")
+        name = next((fields[key] for key in PATHS if fields.get(key)), None)
         if not isinstance(name, str):
-            raise Bad("it has no path, img_path or videoid")
+            raise Bad(f"it has none of {', '.join(PATHS)}")
         if self.source != "label" and os.path.isabs(name):  # its writer means that very file
             return name
         return os.path.join(self.folder, inside(name))

@@ -60,7 +60,7 @@ def test_json_lines(tmp_path):
     assert items[1] == Item(("two", "zwei"), "/b/2.mp4")
     assert items[3] == Item(("a fox",), f"{tmp_path}/./c.jpg")
     assert items[6] == Item(("beside",), str(tmp_path / "e.mp4"))
-    for i, reason in ((2, "not a line of JSON"), (4, "no path"), (5, "not text"), (7, "not a JSON object")):
+    for i, reason in ((2, "not a line of JSON"), (4, "none of videoid, path"), (5, "not text"), (7, "not a JSON object")):
         with pytest.raises(Bad, match=reason):
             items[i]
         assert items.name(i)
@@ -154,7 +154,7 @@ def test_any_line_is_an_item_or_bad(place, line, name):
 
 @pytest.mark.parametrize("source, name, content, says", [
     ("video", "l.csv", "a,b\n1,2\n", "is not of a known form: line 1: its columns, parted by commas, must have one of "
-                                     "videoid, path, img_path, got a, b$"),
+                                     "videoid, path, img_path, file_name, got a, b$"),
     ("video", "l.csv", "\npath;caption\n1;2\n", "is not of a known form: line 2: .*, got path;caption$"),
     ("video", "l.csv", "path,name,name\n1,2,3\n", "is not of a known form: line 1: there are two columns name$"),
     ("video", "l.csv", "path,caption\n\na,b,c\n", "is not of a known form: line 3: more or fewer columns"),
@@ -168,7 +168,7 @@ def test_any_line_is_an_item_or_bad(place, line, name):
     ("caption", "l.jsonl", '{"caption": "\xe9"}', "is not of a known form: line 1: not text in UTF-8$"),
     ("caption", "l.jsonl", "", "is empty$"), ("video", "l.csv", "", "is empty$"),
     ("video", "l.csv", "\r\n\n", "is empty$"), ("video", "l.csv", "videoid,name\n", "is empty$"),
-    ("caption", "l.jsonl", '{"caption": "x"}\n', "is not of a known form: line 1: it has no path"),
+    ("caption", "l.jsonl", '{"caption": "x"}\n', "is not of a known form: line 1: it has none of videoid, path"),
     ("label", "l.txt", "a b\nc \xe9\n", "is not of a known form: .*l.txt, line 2: not text in UTF-8"),
     ("video", "l.json", '{"videos":\n\xe9', "is not of a known form: .*l.json, line 2: not text in UTF-8"),
     ("video", "l.json", '{"videos":\n]', "is not of a known form: .*l.json, line 2: not JSON"),
@@ -299,7 +299,7 @@ def test_a_quote_that_is_never_closed_is_told_with_its_line(tmp_path, tail, line
 
 
 NO_TEXT = "its caption is not text in UTF-8"
-NO_CAPTION = "no caption: neither in caption, prompt, name nor in a .txt beside it"
+NO_CAPTION = "no caption: neither in caption, prompt, text, name nor in a .txt beside it"
 
 
 @pytest.mark.parametrize("text, right", [
@@ -450,3 +450,13 @@ def test_a_million_rows_open_in_one_and_a_half_times_a_pass_of_the_csv_module(tm
         opens.append(time.process_time() - began)
     print(f"csv.reader {median(passes):.2f} s, Items {median(opens):.2f} s: {median(opens) / median(passes):.2f} times")
     assert median(opens) < 1.5 * median(passes)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("metadata.csv", "file_name,text,name\na.jpg,a fox,Fritz\nb.jpg,a hen,Berta\n"),
+    ("metadata.jsonl", '{"file_name": "a.jpg", "text": "a fox"}\n{"file_name": "b.jpg", "text": "a hen"}\n')])
+def test_folders_of_hugging_face_are_lists(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    items = Items("caption", str(tmp_path / name))
+    assert [items[i] for i in range(2)] == [Item(("a fox",), str(tmp_path / "a.jpg")),
+                                            Item(("a hen",), str(tmp_path / "b.jpg"))]

@@ -39,7 +39,7 @@ def test_the_command(run, micro, tmp_path):
 @pytest.mark.parametrize("options, says", [
     (["--frames", 7], "got 7, which is prime: use 6 or 8"),
     (["--size", "36x32"], "width must be divisible by 8"),
-    (["--video", "nowhere"], "nowhere cannot be read"),
+    (["--video", "nowhere"], "nowhere: No such file"),
     (["--ckpt", "nowhere.safetensors"], "nowhere.safetensors"),
     (["--clips", 0], "clips must be >= 1, got 0"),
 ])
