@@ -234,12 +234,12 @@ def test_saved_model_is_the_average(finished):
 
 def test_dtype_auto_is_resolved_and_said(finished, world, copied, monkeypatch):
     """A checkpoint of one precision goes on in another."""
-    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr("sd.device.HAS_UNITS", True)
     options = [*ci_options(world, copied), "--prompts=()", "--dtype=auto", "--keep=9"]
     done = train_here(*options, "--max_steps=21")
     assert done.returncode == 0 and done.stdout.startswith("bfloat16 on cpu\nresume from")
     assert weights(copied, 21)["config"]["dtype"] == "bfloat16"
-    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr("sd.device.HAS_UNITS", False)
     done = train_here(*options, "--max_steps=22")
     assert done.returncode == 0 and done.stdout.startswith("float32 on cpu\nresume from")
 
