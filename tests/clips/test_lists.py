@@ -60,7 +60,7 @@ def test_json_lines(tmp_path):
     assert items[1] == Item(("two", "zwei"), "/b/2.mp4")
     assert items[3] == Item(("a fox",), f"{tmp_path}/./c.jpg")
     assert items[6] == Item(("beside",), str(tmp_path / "e.mp4"))
-    for i, reason in ((2, "not a line of JSON"), (4, "none of videoid, path"), (5, "not text"), (7, "not a JSON object")):
+    for i, reason in ((2, "not a line of JSON"), (4, "none of videoid"), (5, "not text"), (7, "not a JSON object")):
         with pytest.raises(Bad, match=reason):
             items[i]
         assert items.name(i)
