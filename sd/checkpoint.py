@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 from cli import beside, warn
 from layers.basic import initialize, zero
@@ -183,7 +182,6 @@ def fresh_tensors(model: Model, parts: tuple[str, ...], device, dtype) -> dict[s
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 layers = make_layout(model.unet.cfg, model.settings)
-            initialize(layers, nn.Linear, torch.Generator().manual_seed(0))
         else:
             layers = getattr(model.unet, name).to_empty(device="cpu")
             initialize(layers, generator=generator)

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 import cli
 from beyond.causal import Causal
@@ -12,6 +13,7 @@ from beyond.swap import Swap
 from beyond.temporal import Temporal
 from cli import option
 from grid import grid_shape
+from layers.basic import initialize
 from model import Grid, UNet, UNetConfig
 from sd.presets import ModelConfig
 from sd.text import TextConfig, TextEncoder
@@ -114,16 +116,19 @@ def build(config: ModelConfig, settings: Settings) -> Model:
     settings.check()
     check_widths(config)
     settings = replace(settings, layout_options=layout_options(settings))
-    unet = UNet(config.unet, make_layout(config.unet, settings))
-    return Model(unet, AutoencoderKL(config.vae), TextEncoder(config.text), settings)
+    model = Model(UNet(config.unet), AutoencoderKL(config.vae), TextEncoder(config.text), settings)
+    model.unet.layout = make_layout(config.unet, settings)  # last: with any layout, all else is drawn alike
+    return model
 
 
 def make_layout(cfg: UNetConfig, settings: Settings) -> Grid:
     """A fresh layout object of the settings for a UNet. Raises ValueError as `build` does."""
     options, parameters = layout_options(settings), inspect.signature(LAYOUTS[settings.layout]).parameters.values()
-    return LAYOUTS[settings.layout](cfg, **options, **{
+    layout = LAYOUTS[settings.layout](cfg, **options, **{
         parameter.name: getattr(settings, parameter.name) for parameter in parameters
         if parameter.kind is parameter.KEYWORD_ONLY})
+    initialize(layout, nn.Linear)
+    return layout
 
 
 def layout_options(settings: Settings) -> dict:

@@ -38,6 +38,20 @@ def test_without_a_grid_it_is_plain_stable_diffusion(layout):
     assert torch.equal(*out)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fresh_weights_are_the_same_with_any_layout(layout):
+    plain, other = (sd.build(MICRO, sd.Settings(layout=name)) for name in seeded("grid", layout))
+    for part, module in plain.parts().items():
+        theirs = other.parts()[part].state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in module.state_dict().items())
+
+
+def seeded(*names):
+    for name in names:
+        torch.manual_seed(0)
+        yield name
+
+
 @pytest.mark.parametrize("layout", ["pooled", "swap", "causal", "blind"])
 def test_it_trains_saves_loads_and_samples(layout, layouts, tmp_path):
     torch.manual_seed(0)
