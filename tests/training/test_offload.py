@@ -146,20 +146,20 @@ def result(folder, world, last):
 def test_ranks_change_no_bit_and_hold_their_share(processes, tmp_path):
     """1, 2 and 4 ranks; then 1, 2 and 4 that go on where 1, 4 and 2 stopped."""
     for world in (1, 2, 4):
-        assert processes.run([tmp_path, 0, 30, ""], world, steps) == [0] * world, processes.log.read_text()
-    reference = result(tmp_path, 1, 30)
+        assert processes.run([tmp_path, 0, 10, ""], world, steps) == [0] * world, processes.log.read_text()
+    reference = result(tmp_path, 1, 10)
     assert len(reference) == 4 * len(SHAPES)
     for world in (2, 4):
-        assert all(map(torch.equal, reference, result(tmp_path, world, 30)))
+        assert all(map(torch.equal, reference, result(tmp_path, world, 10)))
     total = 12 * sum(math.prod(shape) for shape in SHAPES)  # both moments and the average, fp32
     for world in (1, 2, 4):
         held = [torch.load(f"{tmp_path}/held-{world}-{rank}") for rank in range(world)]
         assert sum(held) == total and max(held) <= total / world + 12 * ALIGN
 
     for world, before in ((1, 1), (2, 4), (4, 2)):
-        assert processes.run([tmp_path, 30, 50, f"{before}-30"], world, steps) == [0] * world
+        assert processes.run([tmp_path, 10, 16, f"{before}-10"], world, steps) == [0] * world
     for world in (2, 4):
-        assert all(map(torch.equal, result(tmp_path, 1, 50), result(tmp_path, world, 50)))
+        assert all(map(torch.equal, result(tmp_path, 1, 16), result(tmp_path, world, 16)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
