@@ -22,8 +22,8 @@ class Pooled(Grid):
     """Grid attention in which the tokens of other frames are averaged over squares.
 
     squares  along the shorter side of a frame, at least. 8 are 4 x 4 tokens each on the first level of 256x256 frames.
-             With 2, which is all that pooling leaves of the shipped model's 4 x 4 tokens a frame, that model moves
-             shapes in the right direction in 4 of 12 videos where the grid does in 12; so it is left as it is
+             With 2, which is all that pooling leaves of the shipped model's 4 x 4 tokens a frame, that model no
+             longer draws and moves what it is told; so it is left as it is
     reach    frames that are this far apart, or farther, see squares of twice the side; from four times as far, four
              times; and so on, which makes the cost of T frames T log T and not T^2
 

@@ -62,7 +62,7 @@ def initialize(net: nn.Module, kinds=(nn.Conv2d, nn.Linear), generator: torch.Ge
     of a VAE nothing is left of it, and a flat colour takes thousands of steps to learn instead of a hundred.
     """
     for m in net.modules():
-        if isinstance(m, kinds) and not m.weight.is_meta:  # half of the time to load a small model, for nothing
+        if isinstance(m, kinds) and not m.weight.is_meta:  # a third of the time to load a small model, for nothing
             nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5, generator=generator)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)

@@ -107,7 +107,9 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
         source.fresh += () if motion else ("layout.",)
     if layout_options:
         source.settings = replace(source.settings, layout_options=source.settings.layout_options | layout_options)
-    lora = [(file, scale) for file, scale in lora if open_weights(file)]  # what is none is told before the work
+    lora = list(lora)
+    for file, _ in lora:
+        open_weights(file)  # what is none is told before the work
     model = assemble(source, device, dtype, motion)
     for file, scale in lora:
         merge_lora(model, file, scale)

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 
 from beyond.temporal import HEADS, Temporal
-from cli import one_line, read_json, warn
+from cli import read_json, warn
 from model import UNetConfig
 from sd.files import Weights
-from sd.sources import Source, folder_weights, is_repository
+from sd.sources import Source, folder_weights, from_hub, is_repository
 
 # A block of the `temporal` layout, in AnimateDiff's words and in diffusers'.
 RENAMED = (("attention_blocks.0", "attn1"), ("attention_blocks.1", "attn2"), ("norms.0", "norm1"), ("norms.1", "norm2"),
@@ -94,10 +94,5 @@ def open_motion(path: str, groups: int) -> tuple[Weights, int | None]:
 
 def download_motion(repository: str) -> str:
     """The files of a MotionAdapter's Hugging Face repository that are needed -> the folder that they are in."""
-    from huggingface_hub import errors, snapshot_download  # seconds to import, only needed here
-
-    try:
-        return snapshot_download(repository, allow_patterns=["config.json", "diffusion_pytorch_model.safetensors"])
-    except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise ValueError(f"{repository}: there is no such file, and no such Hugging Face repository can be reached "
-                         f"(a wrong name, or offline?): {one_line(error)}") from error
+    with from_hub(repository) as hub:
+        return hub.snapshot_download(repository, allow_patterns=["config.json", "diffusion_pytorch_model.safetensors"])

@@ -21,8 +21,7 @@ from sd.vae import AutoencoderKL
 
 # Ways to see time, by name: what makes the layout object, a function of the UNet's config and of the layout's options,
 # each with a default; what else it needs of the settings are keyword-only arguments. New ones are registered here.
-LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal, "pooled": Pooled, "causal": Causal,
-           "swap": Swap}
+LAYOUTS = {"grid": lambda cfg: Grid(), "temporal": Temporal, "pooled": Pooled, "causal": Causal, "swap": Swap}
 BETA_SCHEDULES = ("scaled_linear", "linear")  # linear in sqrt(beta), as Stable Diffusion's; linear in beta
 
 
@@ -141,8 +140,7 @@ def layout_options(settings: Settings) -> dict:
     for name in settings.layout_options.keys() - defaults.keys():
         raise ValueError(f"layout_options of {settings.layout!r} must be among {', '.join(defaults) or 'none'}, "
                          f"got {name!r}")
-    options = defaults | settings.layout_options
-    return options
+    return defaults | settings.layout_options
 
 
 def check_widths(config: ModelConfig):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 
@@ -283,15 +284,26 @@ def read_folder(path: str, origin: str) -> Source:
         spacing=meaning(scheduler, "timestep_spacing", "leading", SPACINGS)))
 
 
+@contextmanager
+def from_hub(repository: str):
+    """Context manager: the package huggingface_hub, whose errors become a ValueError that names the repository."""
+    import huggingface_hub as hub  # seconds to import, only needed here
+    from huggingface_hub import errors
+
+    try:
+        yield hub
+    except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
+        raise ValueError(f"{repository}: there is no such file, and no such Hugging Face repository can be reached "
+                         f"(a wrong name, or offline?): {one_line(error)}") from error
+
+
 def download(repository: str) -> str:
     """The files that load() needs of a Hugging Face repository, and no others -> their folder, or the one file."""
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download  # seconds to import, only needed here
-
     wanted = ["model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)]
     lacking = PARTS
-    try:
+    with from_hub(repository) as hub:
         for kind in KINDS:
-            folder = snapshot_download(repository, allow_patterns=wanted + weights_of(lacking, *kind))
+            folder = hub.snapshot_download(repository, allow_patterns=wanted + weights_of(lacking, *kind))
             there = [os.path.join(folder, part) for part in PARTS if os.path.isdir(os.path.join(folder, part))]
             lacking = [os.path.basename(part) for part in there if not any(map(WEIGHTS.fullmatch, os.listdir(part)))]
             wanted = []
@@ -301,13 +313,10 @@ def download(repository: str) -> str:
             return folder
         names = os.listdir(folder) if os.path.isdir(folder) else []
         if not any(name.endswith(SINGLE) for name in names):
-            names = HfApi().list_repo_files(repository)
+            names = hub.HfApi().list_repo_files(repository)
         files = [name for name in names if name.endswith(SINGLE)]
         if len(files) == 1:
-            return hf_hub_download(repository, files[0])
-    except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
-        raise ValueError(f"{repository}: there is no such file, and no such Hugging Face repository can be reached "
-                        f"(a wrong name, or offline?): {one_line(error)}") from error
+            return hub.hf_hub_download(repository, files[0])
     heavy = [name for name in names if not name.endswith((".json", ".md", ".txt", ".gitattributes"))]
     raise ValueError(f"{repository} is no diffusers folder of a Stable Diffusion with weights that can be used, it has "
                      f"{', '.join((heavy or names)[:8])}" + (

@@ -42,6 +42,7 @@ from training.setup import loss_of, make_model, make_ready
 
 CONFIGS = os.path.join(ROOT, "configs", "ablation")
 SEEDS = 3
+STEPS = 25  # of sampling what is graded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared
@@ -148,7 +149,7 @@ class ProbedTask(UNetTask):
         self.probes[self.step] = probe(self.cfg, self.model) | {"seconds": round(seconds, 1)}
         if self.graded:
             with precision(getattr(torch, self.cfg.dtype), next(self.model.unet.parameters()).device):
-                report = grade_prompts(self.model, "test", 1, Request(steps=25), batch_size=8)
+                report = grade_prompts(self.model, "test", 1, Request(steps=STEPS), batch_size=8)
             self.probes[self.step] |= shares(report)
         self.began += time.monotonic() - paused
 
@@ -195,7 +196,7 @@ def true_loss(cfg: Config, model: sd.Model, fps: float, said=None) -> float:
 
 def score(model: sd.Model, fps_values) -> dict:
     """Grade a model on the toy world."""
-    request = Request(steps=25)
+    request = Request(steps=STEPS)
     report = grade_prompts(model, "test", 1, request, batch_size=24)
     rows = grade_fps(model, "test", fps_values, request, batch_size=24)
     distances = trajectory_distances(report.tracks, "test", 1, model.settings.fps)
@@ -210,6 +211,7 @@ def shares(report) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of it
+
 
 @dataclass(frozen=True)
 class Study:

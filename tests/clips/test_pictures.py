@@ -326,7 +326,7 @@ def test_a_profile_that_is_broken_or_of_another_kind_changes_nothing(tmp_path, p
 
 
 def test_the_profile_of_cmyk_says_what_ink_looks_like(tmp_path):
-    """Of a printer whose K alone is seen: Lab (100 (1 - K), 0, 0)."""
+    """A profile of a printer whose K alone is seen: Lab (100 (1 - K), 0, 0)."""
     ramps, matrix = bytes(range(256)), struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
     colors = bytes([255, 128, 128, 0, 128, 128]) * 8
     table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + ramps * 4 + colors + ramps * 3

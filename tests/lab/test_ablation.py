@@ -19,6 +19,7 @@ from sd.presets import MICRO
 from training.checkpoints import run_checkpoints
 from training.config import read_config
 
+runs.STEPS = 2
 runs.VALIDATION_TIMESTEPS = (500,)  # probes are most of a small run; its process imports this file, so there too
 
 
@@ -187,6 +188,14 @@ def test_tables_and_figure_are_what_the_lines_say(tmp_path):
     assert "| neither (2 of 3 seeds) |" in text and "| 2 FPS (true 5.0) | 8 FPS (true 1.2) |" in text
     report.draw_figure(results, str(tmp_path / "figure.png"))
     assert Image.open(tmp_path / "figure.png").size == (1100, 700)
+
+
+def test_a_way_is_trained_and_graded_along_its_curve(prepared):
+    way, study = Variant("temporal", triple_data=False, layout="temporal"), replace(TWO, curve=(1,), score=None)
+    result = runs.one_run(read_config([str(prepared / "run.py")]), study, way, 0)
+    assert list(result["loss"]) == [1, 3]
+    for seen in result["loss"].values():
+        assert seen["videos"] == 48 and {"direction", "wrong cuts", "video", "seconds"} <= seen.keys()
 
 
 def test_ways_learn_as_their_lines_say(tmp_path):
