@@ -19,7 +19,7 @@ from sd.presets import MICRO
 from training.checkpoints import run_checkpoints
 from training.config import read_config
 
-runs.STEPS = 2
+runs.STEPS = runs.STEPS_BETWEEN = 2
 runs.VALIDATION_TIMESTEPS = (500,)  # probes are most of a small run; its process imports this file, so there too
 
 
