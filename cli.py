@@ -162,13 +162,14 @@ class Parser(argparse.ArgumentParser):
 def parse(kind, description: str, argv=None, **defaults):
     """An instance of an options dataclass from a command line (default: sys.argv), checked.
 
-    Every field is `--name VALUE` or `--name=VALUE`, one of type bool also `--name` alone; `defaults` go before those of
-    the fields. Raises ValueError, with the nearest name for one that is unknown.
+    Every `option` is `--name VALUE` or `--name=VALUE`, one of type bool also `--name` alone; other fields are for the
+    library alone. `defaults` go before those of the fields. Raises ValueError, with the nearest name for one that is
+    unknown.
     """
     hints = typing.get_type_hints(kind)
     parser = Parser(prog=program(), description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(kind):
+    for f in filter(lambda f: f.metadata, dataclasses.fields(kind)):
         add_option(parser, f, hints[f.name])
     switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
     argv = [word + "=True" if word in switches else word for word in (sys.argv[1:] if argv is None else argv)]

@@ -3,23 +3,26 @@
     python sample.py "a red circle moving right"
 """
 
-import io
 import os
 import re
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import cli
 import sd
+from beyond.frames import Known, check_keys, check_known, contexts_at, read_keys, windows
 from cli import option
-from clips.write import claim_paths, playback_fps, write_video
+from clips.given import Given, names_of_files, read_prompts, settings_like
+from clips.write import Kept, claim_paths, playback_fps, write_video
 from grid import fold, grid_shape, unfold
 from sd.device import DTYPES, at_work, check_memory, has_room, pick_device, pick_dtype, require_finite
+from sd.lora import read_lora
 from sd.settings import LAYOUTS
-from sd.vae import decode
+from sd.vae import decode, encode
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule
@@ -120,7 +123,7 @@ SAMPLERS = {"ddim": DDIM, "ddpm": DDPM}
 
 
 def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=50, guidance=7.0,
-            sampler="ddim", eta=0.0, noise=None):
+            sampler="ddim", eta=0.0, noise=None, known=None):
     """Sample: a generator that yields (i, t, x_t, predicted x_0) after every step; the last x_t is the sample.
 
         for i, t in enumerate(timesteps):                                     # noisiest first
@@ -130,30 +133,34 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
 
     unet      called as unet(x, t, context, fps, grid)
     x         (B, 4, H, W) pure noise, frames folded into a grid image
-    context   (B, L, D) of the prompts, `negative` of what to stay away from ("" usually)
+    context   (B, L, D) of the prompts, or one a frame (B, T, L, D); `negative` of what to stay away from ("" usually)
     fps       (B,) or None; both halves of guidance get it
     guidance  ε = ε(negative) + guidance * (ε(prompt) - ε(negative)); a number, or a function of the timestep that
               gives one. Where it is 1 there is no guidance, and a step costs half
     eta       how much of the ancestral noise DDIM adds, 0..1; else ValueError
     noise     () -> fresh noise like x, for samplers that add some
+    known     the frames that are given, a beyond.frames.Known: put back after every step; None where there are none
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in 0..1, got {eta:g}")
     timesteps = schedule.sampling_timesteps(steps)
     sampler = SAMPLERS[sampler](schedule, timesteps, eta, noise or (lambda: torch.randn_like(x)))
     both, both_fps = torch.cat([negative, context]), None if fps is None else torch.cat([fps, fps])
-    for i, t in enumerate(timesteps):
+    put = known.put if known else lambda x, t: x
+    x = put(x, timesteps[0])
+    for i, t, following in zip(range(steps), timesteps, [*timesteps[1:], None]):
         with torch.no_grad():
             now, scale = torch.full((len(x),), t, device=x.device), guidance(t) if callable(guidance) else guidance
+            told = known.timesteps(now) if known else now
             if scale == 1:
-                output = unet(x, now, context, fps, grid).to(x.dtype)
+                output = unet(x, told, context, fps, grid).to(x.dtype)
             else:
-                output = unet(torch.cat([x, x]), now.repeat(2), both, both_fps, grid).to(x.dtype)
+                output = unet(torch.cat([x, x]), torch.cat([told, told]), both, both_fps, grid).to(x.dtype)
                 without, with_prompt = output.chunk(2)
                 output = without + scale * (with_prompt - without)
             x0, eps = schedule.x0_and_eps(x, output, now)
-            x = sampler.step(i, x, x0, eps)
-        yield i, t, x, x0
+            x = put(sampler.step(i, x, x0, eps), following)
+        yield i, t, x, put(x0, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,20 +183,35 @@ class Request:
     sampler: str = option("ddim", "how to step", choices=tuple(SAMPLERS))
     eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
     seed: int = option(0, "of the noise; the same seed gives the same video", low=-(2**63), high=2**64 - 1)
+    prompts_at: dict = option({}, 'a prompt from each of some frames on, like "0: a red circle; 8: a blue circle"',
+                              metavar="KEYS", read=read_keys)
+    blend: bool = option(False, "between the frames of prompts_at, go from one prompt to the next in equal steps")
+    overlap: int | None = option(None, "make a longer video in windows of the trained length, each with so many frames "
+                                 "of the one before", low=1)
+    known: dict = field(default_factory=dict)  # the frames that are given: number -> uint8 (H, W, 3)
 
     def __post_init__(self):
         if isinstance(self.prompt, str):
             self.prompt = (self.prompt,)
 
+    @property
+    def texts(self) -> list[str]:
+        """All of them: of the videos, or of the frames of the one video."""
+        return list(self.prompts_at.values()) if self.prompts_at else list(self.prompt)
+
     def check(self):
         """Raise ValueError, in terms of the fields, on what no model can do: known before one is loaded."""
         cli.check(self)
-        if not self.prompt or not all(prompt.strip() for prompt in self.prompt):
+        check_keys(self.prompts_at, self.blend, self.frames)
+        if self.prompt and self.prompts_at:
+            raise ValueError("prompt and prompts_at cannot both be given: prompts_at says what every frame shows")
+        if not self.texts or not all(prompt.strip() for prompt in self.texts):
             raise ValueError('prompt must be given and not be empty, like "a red circle moving right"')
-        for text in (*self.prompt, self.negative):
+        for text in (*self.texts, self.negative):
             if re.search("[\ud800-\udfff]", text):  # how Python keeps bytes of a command line that are no text
                 raise ValueError(f"prompt and negative must be text in UTF-8, got {text!r}")
-        grid_shape(self.frames or 1)
+        if not self.overlap:
+            grid_shape(self.frames or 1)
 
     def resolve(self, model: sd.Model) -> "Request":
         """The same with nothing left open.
@@ -201,39 +223,36 @@ class Request:
                     "guidance": s.guidance, "eta": s.eta}
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         whole.check()
-        model.check_size(*whole.size, whole.frames)
-        check_memory(model, whole.at_once(model), *whole.size, batch=1 if whole.guidance == 1 else 2)
+        together = whole.window(model)
+        model.check_size(*whole.size, together)
+        check_known(whole.known, whole.frames, whole.size, only_first=model.unet.layout.goes_on)
+        check_memory(model, together, *whole.size, batch=1 if whole.guidance == 1 else 2)
         return whole
 
-    def at_once(self, model: sd.Model) -> int:
-        """How many frames of a resolved request are sampled at once: all, or one after the other where the layout can
-        go on from those before, and the model was trained on fewer."""
-        return 1 if model.unet.layout.goes_on and self.frames > model.settings.frames else self.frames
+    def window(self, model: sd.Model) -> int:
+        """How many frames of a resolved request are sampled at once: one after the other where the layout can go on
+        from those before, and the model was trained on fewer; else all, or with `overlap` as many as were trained."""
+        trained = model.settings.frames
+        if self.overlap and self.overlap >= trained:
+            raise ValueError(f"overlap must be < {trained}, the frames that the model was trained on, got "
+                             f"{self.overlap}")
+        if self.frames <= trained:
+            return self.frames
+        return 1 if model.unet.layout.goes_on else trained if self.overlap else self.frames
 
-    def unseen(self, model: sd.Model) -> list[str]:
-        """What the model was never trained on, in a sentence each, of a resolved request."""
-        s, trained = model.settings, ", ".join(f"{fps:g}" for fps in model.settings.fps_trained)
-        if self.frames == 1:
-            return ["one frame is made without grid and FPS, as by the model that this one was trained from"
-                    ] * s.grid_trained
-        if not s.grid_trained:
-            motion = ", or give it motion modules with --motion" * (s.layout == "temporal")
-            return ["this model's layers over time were never trained: expect unrelated pictures, not a video (train "
-                    f"it with train.py{motion})" if model.unet.layout.per_frame else
-                    "this model never saw a grid of frames: expect a collage, not a video (train it with train.py)"]
-        told = []
-        if not s.fps_trained:  # motion modules that others trained, with no frame rate told and on any base
-            return told
-        if self.fps not in s.fps_trained:
-            told.append(f"this model never saw {self.fps:g} FPS; it was trained at {trained}")
-        if (self.frames, *self.size) != (s.frames, s.width, s.height):
-            told.append(f"this model was trained on {s.frames} frames of {s.width}x{s.height}, "
-                        f"not {self.frames} of {self.size[0]}x{self.size[1]}")
-        return told
+    def windows(self, model: sd.Model) -> list[range]:
+        """The frames that are sampled together, of a resolved request."""
+        length = self.window(model)
+        return windows(self.frames, length, self.overlap if length > 1 and self.overlap else 0, self.known)
 
 
-def generate(model: sd.Model, request: Request, *, seeds=None, progress=None, device=None):
-    """Videos of a request, one a prompt -> uint8 (B, T, H, W, 3).
+def generate(model: sd.Model, request: Request, **how) -> np.ndarray:
+    """Videos of a request, one a prompt -> uint8 (B, T, H, W, 3). See `stream` for what else it takes and raises."""
+    return np.concatenate(list(stream(model, request, **how)), axis=1)
+
+
+def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, device=None):
+    """Yield the videos of a request in parts uint8 (B, n, H, W, 3), each as soon as its frames are finished.
 
     seeds     one for each prompt (default: the request's for all); a video depends on its own and on no other
     progress  called as progress(i, t, x_t, x_0) after each step
@@ -242,9 +261,9 @@ def generate(model: sd.Model, request: Request, *, seeds=None, progress=None, de
     One frame is an image: plain Stable Diffusion, no grid and no FPS. Raises ValueError on what the model cannot
     do, NotFinite where NaN or infinity comes of it.
     """
-    request, unet, factor = request.resolve(model), model.unet, model.vae.cfg.downsampling
-    device, count = device or unet.out[2].weight.device, len(request.prompt)
-    together = request.at_once(model)
+    request, unet, factor, s = request.resolve(model), model.unet, model.vae.cfg.downsampling, model.settings
+    device, count = device or unet.out[2].weight.device, len(request.prompt) or 1
+    together = request.window(model)
     rows, cols = grid = grid_shape(together)
     shape = together, unet.cfg.latent_channels, request.size[1] // factor, request.size[0] // factor
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or [request.seed] * count]
@@ -254,26 +273,60 @@ def generate(model: sd.Model, request: Request, *, seeds=None, progress=None, de
         video = torch.stack([torch.randn(shape, generator=g) for g in generators])
         return fold(video, rows, cols).to(device)
 
+    def context_of(frames: range):
+        """(B, L, D), or one a frame (B, T, L, D)."""
+        if not request.prompts_at:
+            return contexts
+        each = contexts_at(frames, list(request.prompts_at), contexts, request.blend)
+        return each if together == 1 else each[None]
+
+    def note(n: int):
+        """Tell `past` a finished frame, for both halves of guidance as `denoise` has them."""
+        context = context_of(range(n, n + 1))
+        halves = (clip[n], clip[n]), (negative.expand_as(context), context), (fps, fps)
+        past.add(*map(torch.cat, halves))
+
+    def finished(end: int):
+        """Pixels of the frames [shown, end). Latents are kept as long as another window may begin with them."""
+        frames = torch.stack([clip[n] for n in range(shown, end)], 1)
+        for n in filter(lambda n: n < end - together, list(clip)):
+            del clip[n]
+        with at_work(model.vae, device):
+            return decode(model, frames)
+
     with at_work(model.text, device):
-        context = model.text.encode([*request.prompt, request.negative])
-    context, negative = context[:-1], context[-1:].expand(count, -1, -1)
+        *contexts, negative = model.text.encode([*request.texts, request.negative])
+    contexts, clip, shown = torch.stack(contexts), {}, 0  # clip: latents (B, C, h, w) of frames, by number
+    if request.known:
+        with at_work(model.vae, device):
+            latents = encode(model, np.stack(list(request.known.values())))
+        clip = {n: latent.expand(count, *shape[1:]).to(device) for n, latent in zip(request.known, latents)}
     video = request.frames > 1
     fps = torch.full((count,), request.fps, device=device) if video else None
     how = dict(steps=request.steps, guidance=request.guidance, sampler=request.sampler, eta=request.eta, noise=noise)
-    past = unet.layout.past(unet) if together < request.frames else None
-    schedule, latents = NoiseSchedule(model.settings), []
-    with at_work(unet, device):
-        while len(latents) * together < request.frames:
-            run = denoise(past or unet, schedule, noise(), context, negative, fps, grid if video else None, **how)
+    past = unet.layout.past(unet) if together < request.frames and unet.layout.goes_on else None
+    schedule = NoiseSchedule(s)
+    for window in request.windows(model):
+        with at_work(unet, device):
+            for n in range(shown, window.start) if past else ():
+                note(n)
+            x, context, known = noise(), context_of(window), None
+            if any(n in clip for n in window):
+                replaced = () if s.given_trained else (schedule, noise())
+                known = Known([clip.get(n) for n in window], grid, *replaced)
+            run = denoise(past or unet, schedule, x, context, negative.expand_as(context), fps, grid if video else None,
+                          known=known, **how)
             for i, t, x, x0 in run:
                 require_finite(x, f"the UNet's output at timestep {t}", model)
                 if progress:
                     progress(i, t, x, x0)
-            latents.append(unfold(x, rows, cols))
-            if past:  # both halves of guidance, as `denoise` takes them
-                past.add(*(torch.cat(halves) for halves in ((x, x), (negative, context), (fps, fps))))
-    with at_work(model.vae, device):
-        return decode(model, torch.cat(latents, 1))
+            clip |= zip(window, unfold(x, rows, cols).unbind(1))
+            if past:
+                note(window.start)
+        yield finished(window.stop)
+        shown = window.stop
+    if shown < request.frames:  # the last frames were all given
+        yield finished(request.frames)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +337,7 @@ MOST = 100_000  # videos of a call: their names are all claimed before the first
 
 
 @dataclass
-class Options(Request):
+class Options(Given, Request):
     prompts: str = option("", "more prompts, one a line", metavar="FILE")
     num: int = option(1, "videos a prompt, with seeds S, S+1, ...", low=1)
     ckpt: str = option("", "model: a file, a diffusers folder or a repository (default: the tiny one that ships)")
@@ -301,56 +354,44 @@ class Options(Request):
                         choices=DTYPES)
 
 
-def read_prompts(path: str) -> tuple[str, ...]:
-    """The prompts of a file, one a line. Raises OSError or ValueError when it cannot be read, or holds none."""
-    if not os.path.exists(path):
-        raise ValueError(f"prompts must be a file with a prompt a line, got {path!r}, which is not there; a prompt "
-                         "itself stands without --prompts")
-    found = tuple(line.strip() for line in io.StringIO(cli.read_text(path), None) if line.strip())
-    if not found:
-        raise ValueError(f"{path} holds no prompt")
-    return found
-
-
-def read_lora(text: str) -> tuple[str, float]:
-    """ "FILE" or "FILE:SCALE" -> (file, scale); 1 where there is none."""
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
-    return (match[1], float(match[2])) if match and not os.path.exists(text) else (text, 1.0)
-
-
 def main():
     options = cli.parse(Options, __doc__)
+    if options.like:
+        options = cli.parse(Options, __doc__, **settings_like(options, os.path.basename(SHIPPED)))
     if options.prompts:
         options.prompt += read_prompts(options.prompts)
     if len(options.prompt) * options.num > MOST:
         raise ValueError(f"num must make at most {MOST:,} videos of all prompts together, got {options.num:,} of "
                          f"{len(options.prompt):,}")
     replace(options, seed=options.seed + options.num - 1).check()
+    options.check_files()
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    videos = [(prompt, options.seed + n) for prompt in options.prompt for n in range(options.num)]
-    with claim_paths(options.out, videos, options.frames == 1):  # now, not after a model is loaded
+    names = [(prompt, options.seed + n) for prompt in options.prompt or options.texts[:1] for n in range(options.num)]
+    with claim_paths(options.out, names, options.frames == 1):  # now, not after a model is loaded
         pass
     model = sd.load(options.ckpt or SHIPPED, "cpu", dtype, options.prediction or None,
                     layout=options.layout or None, motion=options.motion or None, lora=map(read_lora, options.lora))
     if has_room(device, model.parts().values()):
         model.to(device)
-    options = options.resolve(model)
-    for text in options.unseen(model):
+    asked = {f.name: getattr(options, f.name) for f in fields(Request)} | options.read_files(model.settings)
+    request = Request(**asked).resolve(model)
+    for text in model.unseen(request):
         cli.warn(text)
-    for cut in filter(None, model.text.tokenize([*options.prompt, options.negative])[1]):
+    for cut in filter(None, model.text.tokenize([*request.texts, request.negative])[1]):
         cli.warn(f"the prompt is longer than the text tower reads; cut off: {cut[:200]!r}{' ...' * (len(cut) > 200)}")
     print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
-    name = os.path.basename(options.ckpt or SHIPPED) if os.path.exists(options.ckpt or SHIPPED) else options.ckpt
-    told = {f.name: getattr(options, f.name) for f in fields(Request)} | {"ckpt": name}  # and no path of this machine
-    told |= {key: model.settings.origin[key] for key in ("motion", "lora") if key in model.settings.origin}
-    steps = len(videos) * options.steps * (options.frames // options.at_once(model))
-    with (claim_paths(options.out, videos, options.frames == 1) as paths,
+    told = {f.name: getattr(request, f.name) for f in fields(Request) if f.name != "known"}
+    told |= {"layout": model.settings.layout, "prediction": options.prediction, "keep": options.keep}
+    told |= {"ckpt": os.path.basename(SHIPPED)} | names_of_files(options)  # and no path of this machine
+    steps = len(names) * request.steps * len(request.windows(model))
+    with (claim_paths(options.out, names, request.frames == 1) as paths,
           tqdm(total=steps, unit="step", desc="sample", file=sys.stderr) as bar):
-        for (prompt, seed), path in zip(videos, paths):
-            request = replace(options, prompt=(prompt,), seed=seed)
-            video = generate(model, request, progress=lambda *_: bar.update(), device=device)[0]
-            write_video(path, video, playback_fps(options.fps), told | {"prompt": prompt, "seed": seed})
+        for (prompt, seed), path in zip(names, paths):
+            one = replace(request, prompt=(prompt,) if request.prompt else (), seed=seed)
+            made = Kept(stream(model, one, progress=lambda *_: bar.update(), device=device))
+            write_video(path, made, playback_fps(request.fps), told | {"prompt": "".join(one.prompt), "seed": seed})
+            made.tell(path)
     print(*paths, sep="\n")
 
 

@@ -51,7 +51,11 @@ def fit_frame(frame: av.VideoFrame, aspect: float, width: int, height: int, view
 def fit_image(path: str, width: int, height: int, view: View) -> torch.Tensor:
     """An image file, or the first frame of an animation -> uint8 (3, height, width), like `fit_frame`. Raises Bad."""
     require_file(path)
-    image = load_image(path)
+    return fit_loaded(load_image(path), width, height, view)
+
+
+def fit_loaded(image: Image.Image, width: int, height: int, view: View) -> torch.Tensor:
+    """An image as `load_image` gives it -> uint8 (3, height, width)."""
     small = image.resize(cover(*image.size, width, height), Image.BICUBIC)  # weighed with alpha, where there is some
     return crop(np.asarray(on_white(small, image.info.get("icc_profile"))), width, height, view)
 

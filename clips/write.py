@@ -10,16 +10,18 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from cli import beside
+from cli import beside, warn
 from grid import largest_factor
 
 BT709, LIMITED = 1, 1  # color space, and range of its numbers, as libav and files number them
 
 
-def write_video(path: str, video: np.ndarray, fps: float, metadata: dict):
-    """Write uint8 frames (T, H, W, 3) as .mp4, .gif or .png, with the metadata as a JSON comment.
+def write_video(path: str, frames, fps: float, metadata: dict):
+    """Write uint8 frames (H, W, 3) as .mp4, .gif or .png, with the metadata as a JSON comment.
+
+    frames  an array (T, H, W, 3), or whatever yields frames: those of an .mp4 go to the file one by one
 
     Raises ValueError on another ending, OSError when the file cannot be written; it is never half there.
     """
@@ -29,20 +31,21 @@ def write_video(path: str, video: np.ndarray, fps: float, metadata: dict):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with beside(path) as part:
         comment = json.dumps(metadata, ensure_ascii=False)
-        WRITERS[kind](part, video, fps, comment.encode(errors="backslashreplace").decode())  # no UTF-8 has a surrogate
+        WRITERS[kind](part, iter(frames), fps, comment.encode(errors="backslashreplace").decode())  # no surrogates
 
 
-def write_mp4(path, video, fps, comment):
+def write_mp4(path, frames, fps, comment):
     with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as file:
         file.metadata["comment"] = comment
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
-        height, width = video.shape[1:3]
+        first = next(frames)
+        height, width = first.shape[:2]
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         # players take a large video that does not tell its colors for BT.709, a small one for BT.601
         color = stream.codec_context
         color.color_range = LIMITED
         color.colorspace = color.color_primaries = color.color_trc = BT709
-        for frame in video:
+        for frame in itertools.chain([first], frames):
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # yuv420p has even sides
             frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)
@@ -50,21 +53,65 @@ def write_mp4(path, video, fps, comment):
         file.mux(stream.encode())
 
 
-def write_gif(path, video, fps, comment):
-    images = [Image.fromarray(frame) for frame in video]
+def write_gif(path, frames, fps, comment):
+    images = [Image.fromarray(frame) for frame in frames]
     # GIF counts in hundredths of a second, and browsers want two at least: 50 FPS at most, rounded without drift
-    ends = np.round(np.arange(len(video) + 1) * 100 / min(fps, 50)).astype(int)
+    ends = np.round(np.arange(len(images) + 1) * 100 / min(fps, 50)).astype(int)
     images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=(10 * np.diff(ends)).tolist(), loop=0,
                    comment=comment)
 
 
-def write_png(path, video, fps, comment):
+def write_png(path, frames, fps, comment):
     info = PngImagePlugin.PngInfo()
     info.add_itxt("comment", comment)
-    Image.fromarray(contact_sheet(video)).save(path, "PNG", pnginfo=info)
+    Image.fromarray(contact_sheet(np.stack(list(frames)))).save(path, "PNG", pnginfo=info)
 
 
 WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".png": write_png}
+
+
+class Kept:
+    """The frames of a video that comes in parts (1, n, H, W, 3), until Ctrl-C: what is finished is worth a file."""
+
+    def __init__(self, parts):
+        self.parts, self.count, self.stopped = parts, 0, False
+
+    def __iter__(self):
+        try:
+            for part in self.parts:
+                for frame in part[0]:
+                    yield frame
+                    self.count += 1
+        except KeyboardInterrupt:
+            if not self.count:
+                raise
+            self.stopped = True
+
+    def tell(self, path: str):
+        """Raise the KeyboardInterrupt that there was, now that the file is written."""
+        if self.stopped:
+            warn(f"stopped early: {path} has the first {self.count} frames")
+            raise KeyboardInterrupt
+
+
+def read_metadata(path: str) -> dict:
+    """The metadata of a file that `write_video` made. Raises ValueError where there are none, and OSError."""
+    comment = None
+    try:
+        if os.path.splitext(path)[1].lower() == ".mp4":
+            with av.open(path) as file:
+                comment = file.metadata.get("comment")
+        else:
+            with Image.open(path, formats=("GIF", "PNG")) as image:
+                comment = image.info.get("comment")
+        found = json.loads(comment)
+    except (av.FFmpegError, UnidentifiedImageError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.filename and not os.path.exists(path):
+            raise
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} carries no settings: it must be a .mp4, .gif or .png that sample.py made")
+    return found
 
 
 def playback_fps(fps: float) -> float:

@@ -131,3 +131,9 @@ def told_alphas(path: str, file: Opened, places):
         return rank if value is None else value * (math.sqrt(rank) if part in rooted else 1)
 
     return alpha
+
+
+def read_lora(text: str) -> tuple[str, float]:
+    """ "FILE" or "FILE:SCALE" -> (file, scale); 1 where there is none."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (match[1], float(match[2])) if match and not os.path.exists(text) else (text, 1.0)

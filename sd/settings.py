@@ -48,6 +48,7 @@ class Settings:
     guidance: float = option(7.0)
     eta: float = option(0.0, "noise that DDIM adds", low=0, high=1)
     grid_trained: bool = option(False, "whether it has ever seen a grid")
+    given_trained: bool = option(False, "whether it has ever been given some of the frames")
     ema: bool = option(False, "whether the weights are a moving average")
     origin: dict = option({}, "config, steps, commit, data, licence")
 
@@ -108,6 +109,31 @@ class Model:
                 raise ValueError(f"{name} must make a grid that the UNet can halve, got {side}: {cells} frames side by "
                                  f"side are {side // factor * cells} latent pixels, which {halvings} does not divide; "
                                  f"use a multiple of {factor * halvings}")
+
+
+    def unseen(self, request) -> list[str]:
+        """What the model was never trained on, in a sentence each, of a resolved sample.Request."""
+        s, trained = self.settings, ", ".join(f"{fps:g}" for fps in self.settings.fps_trained)
+        if request.frames == 1:
+            return ["one frame is made without grid and FPS, as by the model that this one was trained from"
+                    ] * s.grid_trained
+        if not s.grid_trained:
+            motion = ", or give it motion modules with --motion" * (s.layout == "temporal")
+            return ["this model's layers over time were never trained: expect unrelated pictures, not a video (train "
+                    f"it with train.py{motion})" if self.unet.layout.per_frame else
+                    "this model never saw a grid of frames: expect a collage, not a video (train it with train.py)"]
+        told, frames = [], request.frames if self.unet.layout.goes_on else request.window(self)
+        if request.known and not s.given_trained and request.window(self) > 1:
+            told.append("this model was never trained with given frames: they are put back at every step, which guides "
+                        "the others less")
+        if not s.fps_trained:  # motion modules that others trained, with no frame rate told and on any base
+            return told
+        if request.fps not in s.fps_trained:
+            told.append(f"this model never saw {request.fps:g} FPS; it was trained at {trained}")
+        if (frames, *request.size) != (s.frames, s.width, s.height):
+            told.append(f"this model was trained on {s.frames} frames of {s.width}x{s.height}, "
+                        f"not {frames} of {request.size[0]}x{request.size[1]}")
+        return told
 
 
 def build(config: ModelConfig, settings: Settings) -> Model:

@@ -156,6 +156,12 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
+def encode(model, frames):
+    """uint8 (N, H, W, 3) -> the means of their latents, scaled (N, 4, h, w)."""
+    moments = encode_frames(model.vae, torch.from_numpy(frames).permute(0, 3, 1, 2))
+    return moments.float().chunk(2, dim=1)[0] * model.settings.latent_scale
+
+
 def decode(model, latents):
     """Scaled latents (B, T, 4, h, w) -> uint8 (B, T, H, W, 3).
 

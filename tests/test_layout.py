@@ -12,7 +12,7 @@ FLOORS = [
     {"grid", "embed", "cli", "layers"},
     {"lab.toy"},  # the toy world stands on cli and grid alone, so that training may render it
     {"model"},
-    {"beyond.pooled", "beyond.temporal", "beyond.swap", "beyond.causal"},
+    {"beyond.pooled", "beyond.temporal", "beyond.swap", "beyond.causal", "beyond.frames"},
     {"sd"},
     {"clips"},
     {"data", "sample"},
@@ -26,8 +26,9 @@ PRODUCT = sorted(path for path in Path(ROOT).rglob("*.py") if path.relative_to(R
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PRODUCT}
 ROOT_BUDGET, FILE_BUDGET = 1600, 400  # lines
 # lines that are neither blank nor a docstring: 6,000 for the paper's system and how it is measured; what came after it,
-# inputs of any kind (1,100) and other ways to see time with the weights that exist for them (500), stands on top
-CODE_BUDGET = 7600
+# inputs of any kind (1,100), other ways to see time with the weights that exist for them (500), and given frames with
+# long videos (500), stands on top
+CODE_BUDGET = 8100
 
 
 def floor(name: str) -> int:

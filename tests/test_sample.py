@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sd
 from grid import grid_shape
-from sample import Request, generate
+from sample import Request, generate, stream
 from sd.device import NotFinite, at_work, check_memory, pick_device, pick_dtype, size_of
 from sd.presets import PRESETS, TINY
 from sd.vae import decode
@@ -63,7 +63,7 @@ def test_a_resolved_request_leaves_nothing_open(micro):
     whole = Request("a red circle").resolve(model)
     s = model.settings
     assert whole == Request("a red circle", "", 4, (32, 32), 8.0, 50, s.guidance, "ddim", s.eta, 0)
-    assert whole.resolve(model) == whole and not whole.unseen(model)
+    assert whole.resolve(model) == whole and not model.unseen(whole)
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -124,10 +124,10 @@ def test_networks_take_turns_where_memory_is_short(monkeypatch):
         home = sd.build(TINY, sd.Settings())
         tensors = {name: [*part.parameters(), *part.buffers()] for name, part in home.parts().items()}
         sizes = {name: size_of(held) for name, held in tensors.items()}
-        apart = account.during(lambda: generate(home, request, device=card))
+        apart = account.during(lambda: list(stream(home, request, device=card)))
         with card:
             there = sd.build(TINY, sd.Settings())
-        together = sum(sizes.values()) + account.during(lambda: generate(there, request, device=card))
+        together = sum(sizes.values()) + account.during(lambda: list(stream(there, request, device=card)))
     assert together - apart == sizes["text"] + sizes["vae"] > 0
 
 

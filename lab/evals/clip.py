@@ -13,8 +13,8 @@ from tqdm import tqdm
 from cli import option, parse, run
 from clips.decode import Bad
 from clips.filter import INVERSE_TEMPERATURE, ClipScore, spaced_frames
+from clips.given import read_prompts
 from clips.lists import Items
-from sample import read_prompts
 from sd.device import pick_device
 
 

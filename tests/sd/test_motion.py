@@ -16,7 +16,7 @@ from torch import nn
 
 import sd
 from grid import fold
-from sample import read_lora
+from sd.lora import read_lora
 from sd.motion import motion_names
 from sd.presets import MICRO, SD15
 
@@ -264,8 +264,8 @@ def test_a_video_with_motion_modules_and_loras(run, base, folder, tmp_path):
     with Image.open(out) as video:
         assert video.n_frames == 16 and video.size == (64, 64)
         told = json.loads(video.info["comment"])
-    assert told["motion"] == {"from": os.path.basename(folder)}
-    assert told["lora"] == [{"from": "style.safetensors", "scale": -0.5}, {"from": "style.safetensors", "scale": 1.0}]
+    assert told["motion"] == os.path.basename(folder)
+    assert told["lora"] == ["style.safetensors:-.5", "style.safetensors"]
 
 
 @pytest.mark.parametrize("options, says", [
