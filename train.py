@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import nn
@@ -23,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cli
 import sd
+from beyond.frames import KINDS, UNKNOWN, draw_given, known_frames
 from clips.write import write_video
 from data import Batch, Faults, Stream, batches, generator
-from grid import fold, grid_shape
+from grid import fold, frame_of_pixel, grid_shape
 from sample import NoiseSchedule, Request, generate
 from sd.device import NotFinite, check_memory, pick_dtype, precision
 from training.checkpoints import claimed, load_run, newest_whole, save_run
@@ -55,14 +57,22 @@ class Denoising(nn.Module):
             part.requires_grad_(False)
         self.schedule, self.grid = NoiseSchedule(model.settings), grid_shape(cfg.frames)
 
-    def forward(self, latents, prompt, fps, t, eps):
+    def forward(self, latents, prompt, fps, t, eps, given=None):
         """latents (B, T, 4, h, w) clean, prompt: tokens (B, L) or context (B, L, D), fps (B,), t (B,), eps like the
-        folded grid."""
+        folded grid; given (B, T): the timestep of each frame that is known, UNKNOWN for the others, which count."""
         x0 = fold(latents, *self.grid)
         context = self.text(prompt) if self.text else prompt
-        output = self.unet(self.schedule.add_noise(x0, eps, t), t, context, fps, self.grid)
-        error = output - self.schedule.target(x0, eps, t)  # in full precision, as the target is
-        return error.square().mean(dim=(1, 2, 3))
+        if given is None:
+            output = self.unet(self.schedule.add_noise(x0, eps, t), t, context, fps, self.grid)
+            error = output - self.schedule.target(x0, eps, t)  # in full precision, as the target is
+            return error.square().mean(dim=(1, 2, 3))
+        t = torch.where(given == UNKNOWN, t[:, None], given)
+        cells = frame_of_pixel(*x0.shape[2:], *self.grid, device=x0.device)
+        given, level = given[:, None, cells], t[:, None, cells]  # (B, 1, H, W)
+        x = torch.where(given == 0, x0, self.schedule.add_noise(x0, eps, level))
+        error = self.unet(x, t, context, fps, self.grid) - self.schedule.target(x0, eps, level)
+        counted = (given == UNKNOWN).expand_as(error)
+        return (error.square() * counted).sum(dim=(1, 2, 3)) / counted.sum(dim=(1, 2, 3))
 
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)  # one would mislead: what is learned moves from noisy to clean
@@ -110,7 +120,9 @@ class UNetTask:
         batch = next(self.loader)
         noise = self.noise(generator("noise", self.cfg.seed, position) for position in batch.positions)
         t = draw_timesteps(self.cfg, batch.positions, self.ranks.world)
-        return batch.sources, (*self.clean(batch), t, noise)
+        given = [draw_given(self.cfg.frames, self.cfg.given_share, generator("given", self.cfg.seed, position))
+                 for position in batch.positions]
+        return batch.sources, (*self.clean(batch), t, noise, *([torch.stack(given)] if self.cfg.given_share else []))
 
     def clean(self, batch: Batch):
         """Latents, prompt and FPS."""
@@ -123,14 +135,18 @@ class UNetTask:
         return torch.stack([torch.randn(self.shape, generator=g) for g in generators])
 
     def validation(self):
-        """(name, arguments of the module): what was held out at fixed timesteps, always under the same noise."""
+        """(name, arguments of the module): what was held out at fixed timesteps, always under the same noise; with
+        given frames in training also with each kind of these."""
         self.held_out = self.held_out or self.clean(self.stream.validation())
-        n = len(self.held_out[0])
-        for t in VALIDATION_TIMESTEPS:
+        n, kinds = len(self.held_out[0]), {f"{kind}_": kind for kind in KINDS if self.cfg.given_share}
+        for name, t in product(["", *kinds], VALIDATION_TIMESTEPS):
             noise = self.noise(generator("validation", t, i) for i in range(n))
-            whole = *self.held_out, torch.full((n,), t), noise
+            whole = [*self.held_out, torch.full((n,), t), noise]
+            if name:
+                known = [known_frames(kinds[name], self.cfg.frames, generator("known", i)) for i in range(n)]
+                whole.append(torch.where(torch.stack(known), 0, UNKNOWN))
             for part in zip(*(x.split(self.cfg.batch_size) for x in whole)):
-                yield f"val_loss_{t}", part
+                yield f"val_loss_{name}{t}", part
 
     def snapshot(self) -> sd.Model:
         """The model as one would sample it now."""

@@ -67,6 +67,37 @@ def test_the_loss_is_that_of_the_timestep():
             assert torch.allclose(losses[i], expected, rtol=1e-5)
 
 
+def test_given_frames_enter_as_they_are_told_and_do_not_count():
+    """Clean, a little noised, none: frame by frame and by hand."""
+    model, denoising = denoising_of_ci()
+    torch.nn.init.normal_(model.unet.out[2].weight, std=0.1)
+    (rows, cols), g = denoising.grid, torch.Generator().manual_seed(0)
+    T = rows * cols
+    latents, eps = torch.randn(3, T, 4, 8, 8, generator=g), torch.randn(3, 4, rows * 8, cols * 8, generator=g)
+    tokens, fps = model.text.tokenize(["a", "b", "c"])[0], torch.tensor([4.0, 8.0, 120.0])
+    given = torch.full((3, T), -1)
+    given[0, 0], given[1, :2] = 0, 70
+    times = [866, 300, 500]
+    with torch.no_grad():
+        losses = denoising(latents, tokens, fps, torch.tensor(times), eps, given)
+        a, context = NoiseSchedule(model.settings).alphas_cumprod, model.text(tokens)
+        for i in range(3):
+            noise, x, targets, told = unfold(eps[i, None], rows, cols)[0], [], [], []
+            for n in range(T):
+                t = times[i] if given[i, n] < 0 else int(given[i, n])
+                told.append(t)
+                clean = given[i, n] == 0
+                x.append(latents[i, n] if clean else a[t].sqrt() * latents[i, n] + (1 - a[t]).sqrt() * noise[n])
+                targets.append(a[t].sqrt() * noise[n] - (1 - a[t]).sqrt() * latents[i, n])
+            output = model.unet(fold(torch.stack(x)[None], rows, cols), torch.tensor([told]), context[i, None],
+                                fps[i, None], (rows, cols))
+            errors = [(out - target).square().mean() for out, target, level in
+                      zip(unfold(output, rows, cols)[0], targets, given[i]) if level < 0]
+            assert torch.allclose(losses[i], torch.stack(errors).mean(), rtol=1e-5)
+        none = denoising(latents, tokens, fps, torch.tensor(times), eps)
+        assert torch.allclose(losses[2], none[2], rtol=1e-5) and not torch.allclose(losses[0], none[0], rtol=1e-3)
+
+
 def test_overfits_one_clip():
     """The whole path learns one clip: from noise, through the VAE, it comes back at 25 dB or better."""
     T, grid = 4, grid_shape(4)
@@ -150,14 +181,15 @@ def make_task(folder, rank=0, world=1, **options):
     return task
 
 
-def test_a_step_is_the_same_however_it_is_cut(finished):
-    """Into ranks and micro-batches: latents, captions, FPS, timesteps and noise."""
-    whole = make_task(finished[0], batch_size=8)
-    ranks = [make_task(finished[0], rank, 2, batch_size=2, accumulate=2) for rank in range(2)]
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_step_is_the_same_however_it_is_cut(finished, share):
+    """Into ranks and micro-batches: latents, captions, FPS, timesteps, noise and which frames are given."""
+    whole = make_task(finished[0], batch_size=8, given_share=share)
+    ranks = [make_task(finished[0], rank, 2, batch_size=2, accumulate=2, given_share=share) for rank in range(2)]
     for _ in range(3):
         sources, expected = whole.batch()
         parts = [part.batch() for _ in range(2) for part in ranks]
-        assert sources == [name for names, _ in parts for name in names]
+        assert sources == [name for names, _ in parts for name in names] and len(expected) == 5 + (share > 0)
         for n, tensor in enumerate(expected):
             assert torch.equal(tensor, torch.cat([arguments[n] for _, arguments in parts]))
     assert len({tuple(row) for row in expected[1].tolist()}) > 2  # captions differ
@@ -186,6 +218,15 @@ def test_validation_loss_is_that_of_fixed_noise(finished):
     assert first == train.validate(task.cfg, alone, task)
     for name, loss in train.validate(other.cfg, alone, other).items():
         assert loss == pytest.approx(first[name], rel=1e-5)
+
+
+def test_validation_loss_is_also_that_of_every_kind_of_given_frames(finished):
+    task = make_task(finished[0], batch_size=4, validation=2, given_share=0.5)
+    torch.nn.init.normal_(task.module.unet.out[2].weight, std=0.1)
+    losses = train.validate(task.cfg, Ranks(timeout=1), task)
+    times = (100, 300, 500, 700, 900)
+    assert list(losses) == [f"val_loss_{kind}{t}" for kind in ("", "first_", "head_", "ends_", "some_") for t in times]
+    assert len(set(losses.values())) == len(losses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -68,6 +68,8 @@ class Config:
     timestep_shift: float = option(1.0, "s > 1 trains noisy timesteps more often: half of them lie above s / (1 + s) "
                                    "of the range", above=0, high=1000)
     timestep_width: float = option(1.0, "w < 1 trains timesteps near that middle more often", above=0, high=10)
+    given_share: float = option(0.0, "share of the samples in which some frames are given, see beyond/frames.py", low=0,
+                                high=1)
     default_fps: float = option(30, "of samples, when nothing else is asked for", low=0, high=120)
     guidance: float = option(7.0, "guidance scale of samples, when nothing else is asked for")
     eta: float = option(0.0, "noise that DDIM adds to samples, when nothing else is asked for", low=0, high=1)
@@ -180,3 +182,5 @@ def check_config(cfg: Config):
     if not cfg.timesteps[0] < cfg.timesteps[1]:
         raise ValueError(f"timesteps must be a range [first, last) with first < last, got {cfg.timesteps}")
     grid_shape(cfg.frames)
+    if cfg.given_share and cfg.frames == 1:
+        raise ValueError("given_share needs frames > 1: of one frame nothing can be given")

@@ -44,7 +44,8 @@ def make_model(cfg: Config) -> Model:
     model.settings = replace(
         settings, frames=cfg.frames, width=cfg.width, height=cfg.height, fps=cfg.default_fps, fps_trained=all_fps(cfg),
         guidance=cfg.guidance, eta=cfg.eta,
-        grid_trained=settings.grid_trained or cfg.train == "unet" and cfg.frames > 1)
+        grid_trained=settings.grid_trained or cfg.train == "unet" and cfg.frames > 1,
+        given_trained=settings.given_trained or cfg.train == "unet" and cfg.given_share > 0)
     NoiseSchedule(model.settings)  # raises where they do not go together
     model.check_size(cfg.width, cfg.height, cfg.frames if cfg.train == "unet" else 1)
     return model
