@@ -1,8 +1,10 @@
 """Grade a model on the toy world, whose prompts have right answers: colour, shape, direction, background, wrong cuts.
 
     python -m lab.evals.toy --ckpt runs/tiny/model.safetensors --no_fps
+    python -m lab.evals.toy --task first            # with given frames, or a prompt for every frame: lab/evals/given.py
 
-Prints how many videos are right, with 95% Wilson intervals, and how far things move at each frame rate.
+Prints how many videos are right, with 95% Wilson intervals, and how far things move at each frame rate; of a task, how
+many are right, beside what the same weights do by replacement, as if they had never been trained with given frames.
 """
 
 import json
@@ -21,6 +23,7 @@ import sd
 from cli import beside, check_writable, option, parse, run
 from clips.write import contact_sheet
 from lab import toy
+from lab.evals import given
 from lab.metrics import Gaussian, frechet_distance, wilson
 from sample import SHIPPED, NoiseSchedule, Request, generate
 from sd.device import DTYPES, pick_device, pick_dtype
@@ -36,10 +39,10 @@ class Report:
     """What the grader says of a model's videos."""
 
     videos: int
-    right: Counter  # of ANSWERS: in how many videos
+    right: Counter  # of ANSWERS, or of those of a task: in how many videos
     wrong_cuts: int
-    failures: list  # (prompt, seed, what was read, video)
-    tracks: torch.Tensor  # (N, 8 T - 2), see `track`
+    failures: list  # (prompt, seed, what was read or is wrong, video)
+    tracks: torch.Tensor | None = None  # (N, 8 T - 2), see `track`
 
 
 def sample_all(model: sd.Model, jobs, request: Request, batch_size: int):
@@ -67,7 +70,8 @@ def grade_prompts(model: sd.Model, split: str, seeds: int, request: Request, bat
         cuts += seen.wrong_cut
         tracks.append(track(seen))
         if tuple(read) != wanted or seen.wrong_cut:
-            failures.append((prompt, seed, read + ["wrong cut"] * seen.wrong_cut, video))
+            said = ["read " + ", ".join(map(str, read))] + ["wrong cut"] * seen.wrong_cut
+            failures.append((prompt, seed, ", ".join(said), video))
     return Report(len(jobs), right, cuts, failures, torch.stack(tracks))
 
 
@@ -119,18 +123,53 @@ def grade_fps(model: sd.Model, split: str, fps_values, request: Request, batch_s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Tasks: given frames, a prompt for every frame
+
+
+def grade_task(model: sd.Model, jobs: list[given.Job]) -> Report:
+    """Sample and grade the jobs of a task; "all" counts the videos in which nothing is wrong."""
+    right, cuts, failures = Counter(), 0, []
+    with tqdm(total=sum(len(job.seeds) for job in jobs), unit="video", desc="sample", file=sys.stderr) as bar:
+        for job in jobs:
+            for seed, video in zip(job.seeds, generate(model, job.request, seeds=job.seeds)):
+                answers, cut = given.grade(job, video), toy.grade(video).wrong_cut
+                wrong = [name for name, good in answers.items() if not good] + ["wrong cut"] * cut
+                for name, good in (answers | {"all": not wrong}).items():
+                    right[name] += good
+                cuts += cut
+                if wrong:
+                    asked = ", then ".join(dict.fromkeys(job.request.texts))
+                    failures.append((asked, seed, "wrong: " + ", ".join(wrong), video))
+                bar.update()
+    return Report(bar.n, right, cuts, failures)
+
+
+def ways(model: sd.Model, request: Request) -> dict[str, sd.Model]:
+    """The models to compare on a request: "model", and "replacement", the same weights as if they had never been
+    trained with given frames, alone where they never were. Without anything to replace it is "model" alone.
+    """
+    if not request.known or request.window(model) == 1:  # frames made one after the other read given ones from a cache
+        return {"model": model}
+    replacement = {"replacement": replace(model, settings=replace(model.settings, given_trained=False))}
+    return ({"model": model} if model.settings.given_trained else {}) | replacement
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 
 @dataclass
 class Options:
     ckpt: str = option("", "the model (default: the tiny one that ships)")
+    task: str = option("", "a task with given frames, or a prompt for every frame (default: a prompt alone)",
+                       choices=("", *given.TASKS))
     split: str = option("test", "test: held-out triples; val: those that guidance, eta and checkpoint are chosen on",
                         choices=("test", "val", "train"))
     seeds: int = option(4, "videos a prompt", low=1)
     steps: int = option(50, "sampling steps", low=1, high=NoiseSchedule.timesteps)
     guidance: float | None = option(None, "guidance scale (default: the model's)")
     eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
+    fps: float | None = option(None, "frame rate of the task (default: 4; of extend 15)", low=1, high=60)
     no_fps: bool = option(False, "leave out the table of motion against FPS")
     json: str = option("", "append the numbers to a JSON-lines file", metavar="FILE")
     failures: str = option("", "a picture of the videos that were graded wrong", metavar="FILE.png")
@@ -145,31 +184,52 @@ def main():
         raise ValueError(f"failures must end in .png, got {o.failures}")
     for path in filter(None, (o.json, o.failures)):  # now, not after minutes
         check_writable(path)
+    if o.fps and not o.task:
+        raise ValueError(f"fps must come with a task, got {o.fps:g} alone")
     device = pick_device(o.device)
     dtype = pick_dtype(o.dtype, device)
     model = sd.load(o.ckpt or SHIPPED, device, dtype)
-    request = Request("any", steps=o.steps, guidance=o.guidance, eta=o.eta).resolve(model)
-    report = grade_prompts(model, o.split, o.seeds, request)
-    result = {"ckpt": os.path.basename(o.ckpt or SHIPPED), "split": o.split, "videos": report.videos, "steps": o.steps,
-              "guidance": request.guidance, "eta": request.eta, "dtype": str(dtype).removeprefix("torch.")}
+    request = Request("any", fps=o.fps or given.FPS.get(o.task), steps=o.steps, guidance=o.guidance, eta=o.eta)
+    request = request.resolve(model)
+    result = {"ckpt": os.path.basename(o.ckpt or SHIPPED), "split": o.split,
+              "videos": len(toy.scenes(o.split)) * o.seeds, "steps": o.steps, "guidance": request.guidance,
+              "eta": request.eta, "dtype": str(dtype).removeprefix("torch.")}
     print("{ckpt}, {split} triples, {videos} videos, {steps} steps, guidance {guidance:g}, eta {eta:g}, {dtype}".format(
         **result))
-    result |= print_shares(report)
-    far = result["trajectories"] = trajectory_distances(report.tracks, o.split, o.seeds, request.fps)
-    print(f"  Fréchet distance of trajectories to true ones {far['model']:.1f}, of two true sets {far['true']:.1f}")
-    if not o.no_fps:
-        result |= print_fps(grade_fps(model, o.split, (4, 8, 15, 30, 60, 120, 0), request))
+    numbers, failures = (measure_task if o.task else measure_prompts)(model, request, o)
     if o.json:
         with open(o.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-    if o.failures and report.failures:
-        show_failures(o.failures, report.failures[:24])
+            file.write(json.dumps(result | numbers) + "\n")
+    if o.failures and failures:
+        show_failures(o.failures, failures[:24])
+
+
+def measure_prompts(model: sd.Model, request: Request, o: Options) -> tuple[dict, list]:
+    """Grade prompts alone, and print what comes of it -> (the numbers, the failures)."""
+    report = grade_prompts(model, o.split, o.seeds, request)
+    numbers = print_shares(report)
+    far = numbers["trajectories"] = trajectory_distances(report.tracks, o.split, o.seeds, request.fps)
+    print(f"  Fréchet distance of trajectories to true ones {far['model']:.1f}, of two true sets {far['true']:.1f}")
+    if not o.no_fps:
+        numbers |= print_fps(grade_fps(model, o.split, (4, 8, 15, 30, 60, 120, 0), request))
+    return numbers, report.failures
+
+
+def measure_task(model: sd.Model, request: Request, o: Options) -> tuple[dict, list]:
+    """Grade a task in all `ways`, and print what comes of it -> (the numbers, the failures of the first way)."""
+    jobs = given.jobs(o.task, o.split, o.seeds, request)
+    numbers, reports = {"task": o.task, "fps": request.fps}, []
+    for way, one in ways(model, jobs[0].request).items():
+        reports.append(grade_task(one, jobs))
+        print(f"{o.task}, {jobs[0].request.frames} frames at {request.fps:g} FPS, {way}")
+        numbers[way] = print_shares(reports[-1])
+    return numbers, reports[0].failures
 
 
 def print_shares(report: Report) -> dict:
     """Print how often each answer is right -> the same numbers."""
     numbers = {}
-    for name, count in [*((name, report.right[name]) for name in ANSWERS), ("wrong cuts", report.wrong_cuts)]:
+    for name, count in [*report.right.items(), ("wrong cuts", report.wrong_cuts)]:
         low, high = wilson(count, report.videos)
         print(f"  {name:<11}{count:>5} / {report.videos}   {count / report.videos:6.1%}   [{low:.1%}, {high:.1%}]")
         numbers[name] = {"count": count, "low": low, "high": high}
@@ -189,13 +249,13 @@ def print_fps(table) -> dict:
 
 
 def show_failures(path: str, failures):
-    """Write a picture with a row for each failed video, and print what was asked and read."""
+    """Write a picture with a row for each failed video, and print what was asked, and read or wrong."""
     frames = np.concatenate([video for *_, video in failures])
     with beside(path) as part:
         Image.fromarray(contact_sheet(frames, cols=len(frames) // len(failures))).save(part, "PNG")
     print(f"  failures, row by row ({path}):")
-    for prompt, seed, read, _ in failures:
-        print(f"    {prompt!r} seed {seed}: read {', '.join(str(answer) for answer in read)}")
+    for prompt, seed, said, _ in failures:
+        print(f"    {prompt!r} seed {seed}: {said}")
 
 
 if __name__ == "__main__":
