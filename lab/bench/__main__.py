@@ -3,17 +3,16 @@
     python -m lab.bench tiny             # what a newcomer waits for: python sample.py "a red circle moving right"
     python -m lab.bench step             # a training step of configs/tiny.py, beside diffusers' UNet in a plain loop
     python -m lab.bench unet             # SD 2.1's UNet beside diffusers', and where its time goes
-    python -m lab.bench video            # 50 guided steps of 16x256x256, beside ModelScope and AnimateDiff
+    python -m lab.bench video            # 50 guided steps of 16x256x256, each layout, ModelScope and AnimateDiff
     python -m lab.bench attention        # the paper's Table 3 and Figure 10; our attention beside the fused kernel
-    python -m lab.bench scale            # time and memory against the number of frames and their size
-    python -m lab.bench layouts          # the ways to see time: FLOP of 16 to 256 frames, seconds of 16
+    python -m lab.bench scale            # what each layout costs; time and memory against frames and their size
     pip install torchcodec decord        # peers of `data`; torchcodec needs the system's ffmpeg
     python -m lab.bench data             # reading clips: 16 frames of 256x256 from 336x596 H.264
     pip install deepspeed ninja          # the peer of `optimizer`; it compiles itself at its first use
     python -m lab.bench optimizer        # AdamW on the CPU, 100 M parameters
 
-Each has --help. The first GPU is used where there is one, else the CPU, where unet, video, scale and
-layouts take many minutes.
+Each has --help. The first GPU is used where there is one, else the CPU, where unet, video and
+scale take many minutes.
 """
 
 import importlib
@@ -21,7 +20,7 @@ import sys
 
 from cli import run
 
-BENCHMARKS = ("tiny", "step", "unet", "video", "attention", "scale", "layouts", "data", "optimizer")
+BENCHMARKS = ("tiny", "step", "unet", "video", "attention", "scale", "data", "optimizer")
 
 
 def main():

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet3DConditionModel
 from torch.autograd import DeviceType
 
-from lab.bench import layouts, scale, step, unet, video
+from lab.bench import scale, step, unet, video
 from lab.bench.__main__ import BENCHMARKS
 from lab.bench.parts import Parts, seconds_by_limit, unfilled
 from lab.bench.timing import default_dtype, in_turn
@@ -87,15 +87,17 @@ def test_every_command_has_help(run, name):
 @pytest.fixture
 def small(monkeypatch):
     """The micro model in place of SD 2.1's and the tiny one, two rounds, and ceilings that take no time to measure."""
-    for module in (unet, scale, layouts, video):
+    for module in (unet, scale, video):
         monkeypatch.setattr(module, "SD21", MICRO)
+    monkeypatch.setattr(scale, "FRAMES", (4, 16))
+    monkeypatch.setattr(scale, "SIDE", 64)
     monkeypatch.setattr(step, "TINY", MICRO)
-    for module in (unet, scale, layouts, step, video):
+    for module in (unet, scale, step, video):
         monkeypatch.setattr(module, "in_turn", lambda works, device, *rest, **more: in_turn(works, device, rounds=2))
     ceilings = {"matmul": 1e9, "convolution": 1e9, "triad": 1e9}
     monkeypatch.setattr(unet, "ceilings", lambda *place: ceilings)
     monkeypatch.setattr(step, "ceilings", lambda *place: ceilings)
-    for module in (unet, video):
+    for module in (unet, scale, video):
         monkeypatch.setattr(module, "arithmetic", lambda *place: 1e9)
 
 
@@ -116,6 +118,7 @@ def test_video(small, run, monkeypatch):
     done = run("lab.bench", "video", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert "2 guided steps of 16 frames of 256x256, float32" in done.stdout and "extrapolated" in done.stdout
+    assert all(done.stdout.count(f"ours ({name})") == 2 for name in LAYOUTS)  # seconds a step, and frames a second
 
 
 def test_step_takes_options_of_a_config(small, run):
@@ -123,23 +126,30 @@ def test_step_takes_options_of_a_config(small, run):
     assert done.returncode == 0 and "batches of 1, float32" in done.stdout, done.stderr
 
 
-def test_scale_measures_what_fits_into_memory(small, run, monkeypatch):
+def test_scale_compares_layouts_and_measures_what_fits_into_memory(small, run, monkeypatch):
     monkeypatch.setattr(scale, "CASES", [(4, 64, 64), (6, 64, 64), (9, 64, 64), (16, 64, 64)])
     largest = scale.peak_memory(32, 32, (4, 4))[0]
     monkeypatch.setattr(scale, "free_memory", lambda device: 2 * largest - 1)  # float32, of which half is counted
     done = run("lab.bench", "scale", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[9] for line in done.stdout.splitlines()[:-1]] == 3 * ["measured"] + ["fitted"]
+    lines, n = [line.split() for line in done.stdout.splitlines()], len(LAYOUTS)
+    counted, timed, cases = lines[1 : 1 + n], lines[2 + n : 2 + 2 * n], lines[2 + 2 * n : -1]
+    assert [row[0] for row in counted] == [row[0] for row in timed] == list(LAYOUTS)
+    growth, exponent = ({row[0]: float(row[i].strip("xT^")) for row in counted} for i in (3, 4))
+    assert all(abs(growth[name] - 4 ** exponent[name]) < 0.1 for name in LAYOUTS)  # from 4 frames to 16
+    assert growth["grid"] > growth["causal"] > 4
+    assert [row[9] for row in cases] == 3 * ["measured"] + ["fitted"]
 
 
-def test_layouts_are_compared_on_the_same_weights(small, run, monkeypatch):
-    monkeypatch.setattr(layouts, "FRAMES", (4, 16))
-    monkeypatch.setattr(layouts, "SIDE", 8)
-    done = run("lab.bench", "layouts", "--dtype", "float32")
-    assert done.returncode == 0, done.stderr
-    rows = {name: numbers for name, *numbers in map(str.split, done.stdout.splitlines()[1:])}
-    assert list(rows) == list(LAYOUTS) and rows["grid"][-1] == "1.00x"
-    assert float(rows["grid"][3][2:]) > float(rows["causal"][3][2:]) > 0.9  # exponents of the growth
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_share_weights_and_are_counted_whole(small, name):
+    plain, inputs = UNet(MICRO.unet), scale.clip_input(4, 64, 64, CPU, torch.float32)
+    network = scale.with_layouts(plain, CPU, torch.float32)[name]
+    assert network.layout.name == name
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(network.out.parameters(), plain.out.parameters()))
+    with torch.no_grad():
+        assert network(*inputs).shape == inputs[0].shape == (1, 4, 16, 16)
+        assert scale.flop_of(name, 4) == count_flop(lambda: network(*inputs))
 
 
 @pytest.mark.parametrize("arguments, says", [
