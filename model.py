@@ -319,7 +319,7 @@ class UNet(nn.Module):
             rate = self.fps_proj(embed(fps))
             return emb + self.time_proj(emb) + (rate[:, None] if t.ndim == 2 else rate)
 
-    def forward(self, x, t, context, fps=None, grid=None):
+    def forward(self, x, t, context, fps=None, grid=None, network=None):
         """Predict ε (or v) -> (B, 4, H, W).
 
         x        (B, 4, H, W) noisy latent; with `grid`, the frames folded into one image
@@ -327,6 +327,7 @@ class UNet(nn.Module):
         context  (B, L, D) output of the text tower; or (B, T, L, D), one a frame
         fps      (B,) frame rate, 0..120; None: plain SD
         grid     (rows, cols); None: plain SD
+        network  what runs in place of `network`, as in beyond/fast.py
         """
         B, C, H, W = x.shape
         T, factor = grid[0] * grid[1] if grid else 1, self.cfg.downsampling
@@ -346,7 +347,7 @@ class UNet(nn.Module):
             # 4.1.2: "the ME must be added to the noise before any attention or convolutional modules"; fp32
             x = x.float() + self.mixed_embedding(*grid, H, W, C, x.device)
 
-        out = self.network(x, context, Clip(grid, t, self.embedding(t, fps), x))
+        out = (network or self.network)(x, context, Clip(grid, t, self.embedding(t, fps), x))
         return fold(out.unflatten(0, (B, T)), *grid) if per_frame else out
 
     def network(self, x, context, clip: Clip):

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 import cli
 import sd
-from beyond.frames import Known, check_keys, check_known, contexts_at, read_keys, windows
+from beyond.fast import DPM, FAST, Reuse, StochasticDPM, fast_settings, pooling_pays, rescaled
+from beyond.frames import Known, check_keys, check_known, contexts_at, read_keys, window_length, windows
 from cli import option
-from clips.given import Given, names_of_files, read_prompts, settings_like
+from clips.given import Given, read_prompts, settings_like, settings_of
 from clips.write import Kept, claim_paths, playback_fps, write_video
 from grid import fold, grid_shape, unfold
-from sd.device import DTYPES, at_work, check_memory, has_room, pick_device, pick_dtype, require_finite
+from sd.device import at_work, check_memory, has_room, pick_device, pick_dtype, require_finite
 from sd.lora import read_lora
-from sd.settings import LAYOUTS
 from sd.vae import decode, encode
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,9 +89,13 @@ class NoiseSchedule:
 class DDIM:
     """DDIM (Song et al. 2021, Equation 12). It ends at ᾱ_0, as published pipelines do.
 
+    steps  how many are usual
+
     eta    how much of the ancestral noise it adds, 0..1: 0 is deterministic, 1 is ancestral
     noise  () -> fresh noise like x
     """
+
+    steps = 50
 
     def __init__(self, schedule: NoiseSchedule, timesteps: list[int], eta: float, noise):
         self.alphas = schedule.alphas_cumprod[[*timesteps, 0]]  # ᾱ of every step, and after the last
@@ -108,6 +112,8 @@ class DDIM:
 class DDPM:
     """Ancestral DDPM on the respaced schedule (Ho et al. 2020, Equations 6-7), the smaller variance. Ends at ᾱ = 1."""
 
+    steps = 50
+
     def __init__(self, schedule: NoiseSchedule, timesteps: list[int], eta: float, noise):
         self.alphas, self.noise = torch.cat([schedule.alphas_cumprod[timesteps], torch.ones(1)]), noise
 
@@ -119,11 +125,11 @@ class DDPM:
         return mean + variance.sqrt() * self.noise() if variance > 0 else mean
 
 
-SAMPLERS = {"ddim": DDIM, "ddpm": DDPM}
+SAMPLERS = {"ddim": DDIM, "ddpm": DDPM, "dpm++": DPM, "dpm++sde": StochasticDPM}
 
 
 def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=50, guidance=7.0,
-            sampler="ddim", eta=0.0, noise=None, known=None):
+            rescale=0.0, sampler="ddim", eta=0.0, noise=None, known=None):
     """Sample: a generator that yields (i, t, x_t, predicted x_0) after every step; the last x_t is the sample.
 
         for i, t in enumerate(timesteps):                                     # noisiest first
@@ -137,6 +143,7 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
     fps       (B,) or None; both halves of guidance get it
     guidance  ε = ε(negative) + guidance * (ε(prompt) - ε(negative)); a number, or a function of the timestep that
               gives one. Where it is 1 there is no guidance, and a step costs half
+    rescale   share of guidance rescale, 0..1, see beyond.fast.rescaled
     eta       how much of the ancestral noise DDIM adds, 0..1; else ValueError
     noise     () -> fresh noise like x, for samplers that add some
     known     the frames that are given, a beyond.frames.Known: put back after every step; None where there are none
@@ -148,7 +155,7 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
     both, both_fps = torch.cat([negative, context]), None if fps is None else torch.cat([fps, fps])
     put = known.put if known else lambda x, t: x
     x = put(x, timesteps[0])
-    for i, t, following in zip(range(steps), timesteps, [*timesteps[1:], None]):
+    for i, (t, following) in enumerate(zip(timesteps, [*timesteps[1:], None])):
         with torch.no_grad():
             now, scale = torch.full((len(x),), t, device=x.device), guidance(t) if callable(guidance) else guidance
             told = known.timesteps(now) if known else now
@@ -158,6 +165,8 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
                 output = unet(torch.cat([x, x]), torch.cat([told, told]), both, both_fps, grid).to(x.dtype)
                 without, with_prompt = output.chunk(2)
                 output = without + scale * (with_prompt - without)
+                if rescale:
+                    output = rescaled(output, with_prompt, rescale, ~known.cells if known else None)
             x0, eps = schedule.x0_and_eps(x, output, now)
             x = put(sampler.step(i, x, x0, eps), following)
         yield i, t, x, put(x0, None)
@@ -180,14 +189,18 @@ class Request:
                                "model's)", low=0, high=120)
     steps: int | None = option(None, "sampling steps (default: the model's)", low=1, high=NoiseSchedule.timesteps)
     guidance: float | None = option(None, "guidance scale; 1 is none (default: the model's)")
-    sampler: str = option("ddim", "how to step", choices=tuple(SAMPLERS))
+    sampler: str | None = option(None, "how to step (default: the model's)", choices=tuple(SAMPLERS))
     eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
     seed: int = option(0, "of the noise; the same seed gives the same video", low=-(2**63), high=2**64 - 1)
     prompts_at: dict = option({}, 'a prompt from each of some frames on, like "0: a red circle; 8: a blue circle"',
                               metavar="KEYS", read=read_keys)
     blend: bool = option(False, "between the frames of prompts_at, go from one prompt to the next in equal steps")
-    overlap: int | None = option(None, "make a longer video in windows of the trained length, each with so many frames "
-                                 "of the one before", low=1)
+    overlap: int | None = option(None, "make a longer video in windows, which share so many frames", low=1)
+    guidance_interval: tuple[int, int] | None = option(None, "first and last timestep with guidance (default: the "
+                                                       "model's)", metavar="LOW,HIGH", low=0, high=999)
+    guidance_rescale: float | None = option(None, "0..1, against colors too strong (default: 0)", low=0, high=1)
+    reuse: int | None = option(None, "steps that share the deep features of one (default: 1)", low=1)
+    fast: bool = option(False, "sampler, steps, guidance_interval and reuse that the model is fast with")
     known: dict = field(default_factory=dict)  # the frames that are given: number -> uint8 (H, W, 3)
 
     def __post_init__(self):
@@ -210,17 +223,20 @@ class Request:
         for text in (*self.texts, self.negative):
             if re.search("[\ud800-\udfff]", text):  # how Python keeps bytes of a command line that are no text
                 raise ValueError(f"prompt and negative must be text in UTF-8, got {text!r}")
-        if not self.overlap:
-            grid_shape(self.frames or 1)
+        grid_shape(1 if self.overlap else self.frames or 1)
 
     def resolve(self, model: sd.Model) -> "Request":
         """The same with nothing left open.
 
         Raises ValueError, in terms of the fields, on what the model cannot do, or this machine's memory cannot hold.
         """
-        s = model.settings
-        defaults = {"frames": s.frames, "size": (s.width, s.height), "fps": float(s.fps), "steps": s.sampling_steps,
-                    "guidance": s.guidance, "eta": s.eta}
+        self.check()
+        s, chosen = model.settings, fast_settings(model.settings.fast) if self.fast else {}
+        sampler = self.sampler or chosen.get("sampler", s.sampler)
+        steps = s.sampling_steps if sampler == s.sampler else SAMPLERS.get(sampler, DDIM).steps
+        defaults = {"frames": s.frames, "size": (s.width, s.height), "fps": float(s.fps), "sampler": sampler,
+                    "steps": steps, "guidance": s.guidance, "guidance_interval": s.guidance_interval,
+                    "guidance_rescale": 0.0, "eta": s.eta if sampler == "ddim" else 0.0, "reuse": 1} | chosen
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         whole.check()
         together = whole.window(model)
@@ -230,15 +246,13 @@ class Request:
         return whole
 
     def window(self, model: sd.Model) -> int:
-        """How many frames of a resolved request are sampled at once: one after the other where the layout can go on
-        from those before, and the model was trained on fewer; else all, or with `overlap` as many as were trained."""
-        trained = model.settings.frames
-        if self.overlap and self.overlap >= trained:
-            raise ValueError(f"overlap must be < {trained}, the frames that the model was trained on, got "
-                             f"{self.overlap}")
-        if self.frames <= trained:
-            return self.frames
-        return 1 if model.unet.layout.goes_on else trained if self.overlap else self.frames
+        """How many frames of a resolved request are sampled at once, see beyond.frames.window_length."""
+        return window_length(self.frames, self.overlap, model.settings.frames, model.unet.layout.goes_on)
+
+    def guidance_at(self, t: int) -> float:
+        """Guidance scale of a resolved request at a timestep."""
+        low, high = self.guidance_interval
+        return self.guidance if low <= t <= high else 1.0
 
     def windows(self, model: sd.Model) -> list[range]:
         """The frames that are sampled together, of a resolved request."""
@@ -275,16 +289,14 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
 
     def context_of(frames: range):
         """(B, L, D), or one a frame (B, T, L, D)."""
-        if not request.prompts_at:
-            return contexts
-        each = contexts_at(frames, list(request.prompts_at), contexts, request.blend)
-        return each if together == 1 else each[None]
+        keys = list(request.prompts_at)
+        each = contexts_at(frames, keys, contexts, request.blend) if keys else contexts
+        return each[None] if keys and together > 1 else each
 
     def note(n: int):
         """Tell `past` a finished frame, for both halves of guidance as `denoise` has them."""
         context = context_of(range(n, n + 1))
-        halves = (clip[n], clip[n]), (negative.expand_as(context), context), (fps, fps)
-        past.add(*map(torch.cat, halves))
+        past.add(torch.cat([clip[n]] * 2), torch.cat([negative.expand_as(context), context]), torch.cat([fps] * 2))
 
     def finished(end: int):
         """Pixels of the frames [shown, end). Latents are kept as long as another window may begin with them."""
@@ -295,26 +307,29 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
             return decode(model, frames)
 
     with at_work(model.text, device):
-        *contexts, negative = model.text.encode([*request.texts, request.negative])
-    contexts, clip, shown = torch.stack(contexts), {}, 0  # clip: latents (B, C, h, w) of frames, by number
+        contexts = model.text.encode([*request.texts, request.negative])
+    contexts, negative, clip, shown = contexts[:-1], contexts[-1], {}, 0  # clip: latents (B, C, h, w) by frame
     if request.known:
         with at_work(model.vae, device):
             latents = encode(model, np.stack(list(request.known.values())))
         clip = {n: latent.expand(count, *shape[1:]).to(device) for n, latent in zip(request.known, latents)}
     video = request.frames > 1
     fps = torch.full((count,), request.fps, device=device) if video else None
-    how = dict(steps=request.steps, guidance=request.guidance, sampler=request.sampler, eta=request.eta, noise=noise)
+    how = dict(steps=request.steps, guidance=request.guidance_at, rescale=request.guidance_rescale,
+               sampler=request.sampler, eta=request.eta, noise=noise)
     past = unet.layout.past(unet) if together < request.frames and unet.layout.goes_on else None
     schedule = NoiseSchedule(s)
     for window in request.windows(model):
         with at_work(unet, device):
             for n in range(shown, window.start) if past else ():
                 note(n)
-            x, context, known = noise(), context_of(window), None
+            x, context, known, called = noise(), context_of(window), None, past or unet
             if any(n in clip for n in window):
                 replaced = () if s.given_trained else (schedule, noise())
                 known = Known([clip.get(n) for n in window], grid, *replaced)
-            run = denoise(past or unet, schedule, x, context, negative.expand_as(context), fps, grid if video else None,
+            if request.reuse > 1:
+                called = Reuse(unet, schedule.sampling_timesteps(request.steps), request.reuse, past)
+            run = denoise(called, schedule, x, context, negative.expand_as(context), fps, grid if video else None,
                           known=known, **how)
             for i, t, x, x0 in run:
                 require_finite(x, f"the UNet's output at timestep {t}", model)
@@ -333,36 +348,19 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
 # Command line
 
 SHIPPED = os.path.join(cli.ROOT, "weights", "tiny.safetensors")
-MOST = 100_000  # videos of a call: their names are all claimed before the first
 
 
 @dataclass
 class Options(Given, Request):
-    prompts: str = option("", "more prompts, one a line", metavar="FILE")
-    num: int = option(1, "videos a prompt, with seeds S, S+1, ...", low=1)
-    ckpt: str = option("", "model: a file, a diffusers folder or a repository (default: the tiny one that ships)")
-    prediction: str = option("", "what the UNet predicts, if the file is silent", choices=("", "epsilon", "v"))
-    layout: str = option("", "how the tokens of a clip meet (default: as in the file)", choices=("", *LAYOUTS))
-    motion: str = option("", "AnimateDiff's motion modules for a Stable Diffusion 1.x: a file, a diffusers folder or a "
-                         "repository", metavar="FILE")
-    lora: tuple[str, ...] = option((), "a LoRA to add to the weights, and how much of it; may be given several times",
-                                   repeat=True, metavar="FILE[:SCALE]")
-    out: str = option("out/", "a .mp4, .gif or .png (contact sheet) file, numbered when there are several videos, or a "
-                      "folder", metavar="PATH")
-    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
-    dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
-                        choices=DTYPES)
+    """A request, and what else the command line takes."""
 
 
 def main():
     options = cli.parse(Options, __doc__)
     if options.like:
-        options = cli.parse(Options, __doc__, **settings_like(options, os.path.basename(SHIPPED)))
+        options = cli.parse(Options, __doc__, **settings_like(options, SHIPPED))
     if options.prompts:
         options.prompt += read_prompts(options.prompts)
-    if len(options.prompt) * options.num > MOST:
-        raise ValueError(f"num must make at most {MOST:,} videos of all prompts together, got {options.num:,} of "
-                         f"{len(options.prompt):,}")
     replace(options, seed=options.seed + options.num - 1).check()
     options.check_files()
     device = pick_device(options.device)
@@ -376,14 +374,17 @@ def main():
         model.to(device)
     asked = {f.name: getattr(options, f.name) for f in fields(Request)} | options.read_files(model.settings)
     request = Request(**asked).resolve(model)
+    if request.fast:
+        if pooling_pays(model, request.size):
+            model.use_layout("pooled")
+        chosen = {name: getattr(request, name) for name in FAST} | {"layout": model.settings.layout}
+        print("fast:", ", ".join(f"{name} {value}" for name, value in chosen.items()), file=sys.stderr)
     for text in model.unseen(request):
         cli.warn(text)
     for cut in filter(None, model.text.tokenize([*request.texts, request.negative])[1]):
         cli.warn(f"the prompt is longer than the text tower reads; cut off: {cut[:200]!r}{' ...' * (len(cut) > 200)}")
     print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
-    told = {f.name: getattr(request, f.name) for f in fields(Request) if f.name != "known"}
-    told |= {"layout": model.settings.layout, "prediction": options.prediction, "keep": options.keep}
-    told |= {"ckpt": os.path.basename(SHIPPED)} | names_of_files(options)  # and no path of this machine
+    told = settings_of(request, options, model.settings.layout, SHIPPED)
     steps = len(names) * request.steps * len(request.windows(model))
     with (claim_paths(options.out, names, request.frames == 1) as paths,
           tqdm(total=steps, unit="step", desc="sample", file=sys.stderr) as bar):

@@ -146,9 +146,9 @@ class Past:
     def __init__(self, unet: UNet):
         self.unet, self.window, self.number, self.kept, self.noting = unet, unet.layout.window, 0, {}, False
 
-    def __call__(self, x, t, context, fps=None, grid=None):
+    def __call__(self, x, t, context, fps=None, grid=None, network=None):
         unet = self.unet
-        return unet.network(x, context, Clip((1, 1), t, unet.embedding(t, fps), x, self))
+        return (network or unet.network)(x, context, Clip((1, 1), t, unet.embedding(t, fps), x, self))
 
     @torch.no_grad()
     def add(self, x, context, fps=None):

@@ -101,6 +101,19 @@ def check_known(known: dict, frames: int, size: tuple[int, int], only_first: boo
                          f"{min(later)}")
 
 
+def window_length(frames: int, overlap: int | None, trained: int, goes_on: bool) -> int:
+    """How many frames of a clip are sampled at once: all, unless they are more than the model was trained on. Then one
+    after the other where the layout `goes_on`, and with an `overlap` as many as were trained.
+
+    Raises ValueError where nothing of a window would be new.
+    """
+    if overlap and overlap >= trained:
+        raise ValueError(f"overlap must be < {trained}, the frames that the model was trained on, got {overlap}")
+    if frames <= trained:
+        return frames
+    return 1 if goes_on else trained if overlap else frames
+
+
 def windows(frames: int, length: int, overlap: int, known) -> list[range]:
     """The parts in which a clip is made, each of `length` frames: a part begins `overlap` frames before the first frame
     that is not there yet, and those are known to it. The last one ends with the clip, and may overlap more.

@@ -17,14 +17,23 @@ from cli import option
 from clips.decode import Bad, frames_at, opened, require_file
 from clips.pictures import View, cover, fit_frame, fit_loaded, load_image, upright_size
 from clips.write import read_metadata
+from sd.device import DTYPES
+from sd.settings import LAYOUTS
 from sd.sources import is_repository
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Frames
+# Options
+
+
+MOST = 100_000  # videos of a call: their names are all claimed before the first
 
 
 @dataclass
 class Given:
+    """Options of sample.py that are no part of a request, but say where things are."""
+
+    prompts: str = option("", "more prompts, one a line", metavar="FILE")
+    num: int = option(1, "videos a prompt, with seeds S, S+1, ...", low=1)
     first: str = option("", "the first frame: an image", metavar="FILE")
     last: str = option("", "the last frame: an image", metavar="FILE")
     extend: str = option("", "a clip to go on with; overlap is then 4 by default", metavar="FILE")
@@ -32,9 +41,24 @@ class Given:
     keep: tuple[int, ...] = option((), "the numbers of those frames, from 0", metavar="N,N,...", low=0, high=10**9)
     like: str = option("", "take the settings from a video of sample.py; other options come before them",
                        metavar="FILE")
+    ckpt: str = option("", "model: a file, a diffusers folder or a repository (default: the tiny one that ships)")
+    prediction: str = option("", "what the UNet predicts, if the file is silent", choices=("", "epsilon", "v"))
+    layout: str = option("", "how the tokens of a clip meet (default: as in the file)", choices=("", *LAYOUTS))
+    motion: str = option("", "AnimateDiff's motion modules for a Stable Diffusion 1.x: a file, a diffusers folder or a "
+                         "repository", metavar="FILE")
+    lora: tuple[str, ...] = option((), "a LoRA to add to the weights, and how much of it; may be given several times",
+                                   repeat=True, metavar="FILE[:SCALE]")
+    out: str = option("out/", "a .mp4, .gif or .png (contact sheet) file, numbered when there are several videos, or a "
+                      "folder", metavar="PATH")
+    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
+    dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
+                        choices=DTYPES)
 
     def check_files(self):
         """Raise ValueError where options contradict one another, or a file cannot be opened: before a model is."""
+        if len(self.prompt) * self.num > MOST:
+            raise ValueError(f"num must make at most {MOST:,} videos of all prompts together, got {self.num:,} of "
+                             f"{len(self.prompt):,}")
         if bool(self.given) != bool(self.keep):
             raise ValueError("given and keep go together: a clip, and which frames of it to keep, like "
                              "--given clip.mp4 --keep 0,5,10")
@@ -84,6 +108,10 @@ class Given:
         for line in told:
             print(line, file=sys.stderr)
         return {"known": known, "frames": frames, "overlap": overlap}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames
 
 
 def open_picture(name: str, path: str):
@@ -161,20 +189,23 @@ def read_prompts(path: str) -> tuple[str, ...]:
 FILES = ("ckpt", "motion", "lora", "first", "last", "extend", "given")  # of these a video has the names, and no paths
 
 
-def names_of_files(o) -> dict:
-    """The options that name files, without the folders that these are in."""
+def settings_of(request, o, layout: str, shipped: str) -> dict:
+    """What a video tells of how it was made: plain values, and of files no more than their names.
+
+    shipped  the model when none is named
+    """
 
     def name(path):
         return path if is_repository(path) else os.path.basename(os.path.normpath(path))
 
-    named = {file: getattr(o, file) for file in FILES if getattr(o, file)}
-    return {file: list(map(name, value)) if isinstance(value, tuple) else name(value) for file, value in named.items()}
+    files = {"ckpt": shipped} | {file: getattr(o, file) for file in FILES if getattr(o, file)}
+    named = {file: [*map(name, paths)] if isinstance(paths, tuple) else name(paths) for file, paths in files.items()}
+    plain = {f.name: getattr(request, f.name) for f in fields(request) if f.metadata}
+    return plain | {"keep": o.keep, "prediction": o.prediction, "layout": layout} | named
 
 
 def settings_like(o, shipped: str) -> dict:
     """The options that the video in o.like was made with; its prompt only where o has none.
-
-    shipped  the name of the model that needs none
 
     Raises ValueError where a file was used that o does not name too: where it lies, a video does not know.
     """
@@ -184,7 +215,7 @@ def settings_like(o, shipped: str) -> dict:
         value = found.pop(name, None)
         if isinstance(value, str) and is_repository(value):
             found[name] = value
-        elif value and value != shipped and not getattr(o, name):
+        elif value and value != os.path.basename(shipped) and not getattr(o, name):
             raise ValueError(f"{o.like} was made with {name} {value}, a file that is not in it: give --{name} too")
     if o.texts or o.prompts:
         found |= {"prompt": (), "prompts_at": {}, "blend": False}

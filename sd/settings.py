@@ -44,7 +44,11 @@ class Settings:
     height: int = option(512, low=1, high=2**16)
     fps: float = option(30, "the default condition", low=0, high=120)
     fps_trained: tuple[float, ...] = option((), low=0, high=120)
-    sampling_steps: int = option(50, low=1, high=1000)
+    sampler: str = option("ddim", "one of sample.SAMPLERS")
+    sampling_steps: int = option(50, "of that sampler", low=1, high=1000)
+    guidance_interval: tuple[int, int] = option((0, 999), "timesteps at which there is guidance, ends included", low=0,
+                                                high=999)
+    fast: dict = option({}, "what --fast means for this model, where that is not beyond.fast.FAST")
     guidance: float = option(7.0)
     eta: float = option(0.0, "noise that DDIM adds", low=0, high=1)
     grid_trained: bool = option(False, "whether it has ever seen a grid")
@@ -86,6 +90,13 @@ class Model:
         for part in self.parts().values():
             part.to(*args, **kwargs)
         return self
+
+    def use_layout(self, name: str):
+        """Put another layout, with its default options, in the place of the model's own."""
+        self.settings = replace(self.settings, layout=name, layout_options={})
+        self.settings = replace(self.settings, layout_options=layout_options(self.settings))
+        weight = self.unet.out[2].weight
+        self.unet.layout = make_layout(self.unet.cfg, self.settings).to(weight.device, weight.dtype)
 
     def bad_tensors(self) -> list[str]:
         """Names of the tensors that hold NaN or infinity, as "unet.out.2.weight"."""

@@ -12,7 +12,8 @@ FLOORS = [
     {"grid", "embed", "cli", "layers"},
     {"lab.toy"},  # the toy world stands on cli and grid alone, so that training may render it
     {"model"},
-    {"beyond.pooled", "beyond.temporal", "beyond.swap", "beyond.causal", "beyond.frames"},
+    {"beyond.pooled", "beyond.temporal", "beyond.swap", "beyond.causal"},
+    {"beyond.frames", "beyond.fast"},
     {"sd"},
     {"clips"},
     {"data", "sample"},

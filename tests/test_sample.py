@@ -62,7 +62,8 @@ def test_a_resolved_request_leaves_nothing_open(micro):
     model = sd.load(micro)
     whole = Request("a red circle").resolve(model)
     s = model.settings
-    assert whole == Request("a red circle", "", 4, (32, 32), 8.0, 50, s.guidance, "ddim", s.eta, 0)
+    assert whole == Request("a red circle", "", 4, (32, 32), 8.0, 50, s.guidance, "ddim", s.eta, 0,
+                            guidance_interval=(0, 999), guidance_rescale=0.0, reuse=1)
     assert whole.resolve(model) == whole and not model.unseen(whole)
 
 
@@ -74,7 +75,7 @@ def test_a_resolved_request_leaves_nothing_open(micro):
     ({"fps": 121.0}, "fps must be in 0..120, got 121"),
     ({"steps": 0}, "steps must be in 1..1000, got 0"),
     ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
-    ({"sampler": "euler"}, "sampler must be one of ddim, ddpm, got 'euler'"),
+    ({"sampler": "euler"}, "sampler must be one of ddim, ddpm, dpm++, dpm++sde, got 'euler'"),
     ({"eta": 1.5}, "eta must be in 0..1, got 1.5"),
     ({"seed": 2**70}, "seed must be in"),
     ({"prompt": ()}, "prompt must be given"),

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from fractions import Fraction
 
 import av
@@ -18,25 +17,15 @@ from footage import number, picture, record, write_clip
 from PIL import Image
 
 import sd
-from clips.given import Given, read_clip
+from clips.given import read_clip
 from clips.write import read_metadata, write_video
-
-
-@dataclass
-class Asked(Given):
-    """The options of sample.py that are read here."""
-
-    size: tuple[int, int] | None = None
-    fps: float | None = None
-    frames: int | None = None
-    overlap: int | None = None
-
+from sample import Options
 
 SETTINGS = sd.Settings(frames=4, width=32, height=32, fps=10)
 
 
 def asked(**options):
-    options = Asked(**options)
+    options = Options("x", **options)
     options.check_files()
     return options.read_files(SETTINGS)
 
