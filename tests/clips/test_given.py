@@ -215,7 +215,7 @@ def test_ctrl_c_keeps_what_is_finished(micro, tmp_path):
             [sys.executable, "sample.py", "x", "--ckpt", micro, "--frames", "4000", "--overlap=2", "--steps=5",
              "--out", path], cwd=ROOT, stderr=err, env=ONE_THREAD, preexec_fn=lambda: signal.signal(
                  signal.SIGINT, signal.default_int_handler))
-        while not any(f"| {n}/" in progress.read_text() for n in range(50, 10_000)) and process.poll() is None:
+        while not any(f"| {n}/" in progress.read_text() for n in range(30, 10_000)) and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
@@ -224,5 +224,5 @@ def test_ctrl_c_keeps_what_is_finished(micro, tmp_path):
     with av.open(str(path)) as file:
         frames = sum(1 for _ in file.decode(video=0))
         assert json.loads(file.metadata["comment"])["frames"] == 4000
-    assert frames >= 20 and f"has the first {frames} frames" in said
+    assert frames >= 4 and f"has the first {frames} frames" in said
     assert os.listdir(tmp_path) and not list(tmp_path.glob("*.part"))

@@ -102,7 +102,7 @@ def test_what_has_no_right_answer_is_refused(task, how, says):
 @pytest.mark.parametrize("task, fps", [("first", 4), ("ends", 4), ("prompts", 4), ("first", 30), ("extend", 15),
                                        ("extend", 30)])
 def test_true_clips_are_right(task, fps):
-    for job in jobs(task, fps)[:: 5 if task == "extend" else 3]:  # of every background, and of every triple or half
+    for job in jobs(task, fps)[:: 13 if task == "extend" else 5]:  # of every background
         assert not wrong(job, job.clip), job.scene
 
 
@@ -113,7 +113,7 @@ def test_true_clips_are_right(task, fps):
 def test_true_clips_are_right_after_the_vae(task, names):
     """What a perfect denoiser would be graded on."""
     model = sd.load(SHIPPED)
-    for job in jobs(task)[1::15]:
+    for job in jobs(task)[1::23]:
         clip = torch.from_numpy(job.clip).permute(0, 3, 1, 2)
         mean, _ = encode_frames(model.vae, clip).chunk(2, dim=1)
         answers = given.grade(job, decode(model, mean[None] * model.settings.latent_scale)[0])
@@ -166,16 +166,15 @@ def test_a_place_between_given_ends_counts_only_where_it_is_made():
     assert wrong(job, video) == {"path"}
 
 
-@pytest.mark.parametrize("fps", [15, 30])
 @pytest.mark.parametrize("share, answer", [(0.92, set()), (1.08, set()), (0.88, {"speed"}), (1.12, {"speed"})])
-def test_another_speed(fps, share, answer):
-    job = job_with("extend", fps=fps)
+def test_another_speed(share, answer):
+    job = job_with("extend")
     there, true = line(job), line(job)
     there[16:] = true[15] + (true[16:] - true[15]) * share
     assert wrong(job, film(job, there)) == answer
 
 
-@pytest.mark.parametrize("at", [16, 28, 40, 63])
+@pytest.mark.parametrize("at", [16, 40, 63])
 def test_a_jump_at_a_seam(at):
     job = job_with("extend")
     for high, answer in ((0.8, set()), (1.3, {"no jumps"})):
@@ -198,7 +197,7 @@ def test_what_is_lost_or_changed_while_a_clip_goes_on():
     there = line(job)
     for answer, other in (("color", {"color": "white"}), ("shape", {"shape": "square"}),
                           ("background", {"background": "teal" if job.scene[3] != "teal" else "gray"})):
-        for begin in (16, 40, 52):
+        for begin in (16, 52):
             video = film(job, there)
             video[begin:] = film(job, there, **other)[begin:]
             assert wrong(job, video) == {answer}, begin
@@ -216,10 +215,10 @@ def test_given_frames_do_not_count():
 
 
 @pytest.mark.parametrize("at, answer", [(6, {"change"}), (7, set()), (8, set()), (9, set()), (10, {"change"}),
-                                        (12, {"change"}), (16, {"change"})])
+                                        (16, {"change"})])
 def test_a_colour_that_changes_early_or_late(at, answer):
     """Motion is read all the same, whatever the two colours and the background."""
-    for one in jobs("prompts")[::3]:
+    for one in jobs("prompts")[::11]:
         job = replace(one, scene=(one.scene[0], "circle", "right", one.scene[3]))
         centers = 32 + np.arange(-8, 8)[:, None] * [0, 2.5]
         video = film(job, centers)
