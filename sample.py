@@ -184,7 +184,7 @@ class Request:
     negative: str = option("", "what to stay away from", metavar="TEXT")
     frames: int | None = option(None, "number of frames, 1 is an image (default: as trained)", low=1)
     size: tuple[int, int] | None = option(None, "width and height in pixels (default: as trained)", metavar="WxH",
-                                          read=cli.read_size)
+                                          low=1, read=cli.read_size)
     fps: float | None = option(None, "frame rate to show, 1..60; 0: unrelated frames, 120: a still (default: the "
                                "model's)", low=0, high=120)
     steps: int | None = option(None, "sampling steps (default: the model's)", low=1, high=NoiseSchedule.timesteps)
@@ -239,6 +239,8 @@ class Request:
                     "guidance_rescale": 0.0, "eta": s.eta if sampler == "ddim" else 0.0, "reuse": 1} | chosen
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         whole.check()
+        if whole.eta and whole.sampler != "ddim":
+            raise ValueError(f"eta belongs to the sampler ddim, got {whole.eta:g} for {whole.sampler}")
         together = whole.window(model)
         model.check_size(*whole.size, together)
         check_known(whole.known, whole.frames, whole.size, only_first=model.unet.layout.goes_on)
@@ -313,8 +315,7 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
         with at_work(model.vae, device):
             latents = encode(model, np.stack(list(request.known.values())))
         clip = {n: latent.expand(count, *shape[1:]).to(device) for n, latent in zip(request.known, latents)}
-    video = request.frames > 1
-    fps = torch.full((count,), request.fps, device=device) if video else None
+    fps, laid = (torch.full((count,), request.fps, device=device), grid) if request.frames > 1 else (None, None)
     how = dict(steps=request.steps, guidance=request.guidance_at, rescale=request.guidance_rescale,
                sampler=request.sampler, eta=request.eta, noise=noise)
     past = unet.layout.past(unet) if together < request.frames and unet.layout.goes_on else None
@@ -329,8 +330,7 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
                 known = Known([clip.get(n) for n in window], grid, *replaced)
             if request.reuse > 1:
                 called = Reuse(unet, schedule.sampling_timesteps(request.steps), request.reuse, past)
-            run = denoise(called, schedule, x, context, negative.expand_as(context), fps, grid if video else None,
-                          known=known, **how)
+            run = denoise(called, schedule, x, context, negative.expand_as(context), fps, laid, known=known, **how)
             for i, t, x, x0 in run:
                 require_finite(x, f"the UNet's output at timestep {t}", model)
                 if progress:
@@ -377,8 +377,8 @@ def main():
     if request.fast:
         if pooling_pays(model, request.size):
             model.use_layout("pooled")
-        chosen = {name: getattr(request, name) for name in FAST} | {"layout": model.settings.layout}
-        print("fast:", ", ".join(f"{name} {value}" for name, value in chosen.items()), file=sys.stderr)
+        chosen = (f"{name} {getattr(request, name)}" for name in FAST)
+        print("fast:", ", ".join([*chosen, f"layout {model.settings.layout}"]), file=sys.stderr)
     for text in model.unseen(request):
         cli.warn(text)
     for cut in filter(None, model.text.tokenize([*request.texts, request.negative])[1]):

@@ -24,8 +24,8 @@ from sd.sources import is_repository
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 
-
 MOST = 100_000  # videos of a call: their names are all claimed before the first
+AT_ONCE = 32  # frames of a clip that are in memory before they are fitted
 
 
 @dataclass
@@ -82,9 +82,11 @@ class Given:
         Raises ValueError on what cannot be read, or gives no frame, or one twice.
         """
         (width, height), fps = self.size or (settings.width, settings.height), self.fps
-        fps, overlap = settings.fps if fps is None else fps, self.overlap or (4 if self.extend else None)
+        fps, overlap = settings.fps if fps is None else fps, self.overlap
+        if self.extend and not overlap:
+            overlap = min(4, settings.frames - 1) or None
         clip, told = read_clip("extend", self.extend, width, height, fps) if self.extend else ((), [])
-        frames = self.frames or (max(len(clip) + settings.frames - overlap, 1) if self.extend else settings.frames)
+        frames = self.frames or settings.frames + (max(0, len(clip) - (overlap or 0)) if self.extend else 0)
         if self.extend and len(clip) >= frames:
             raise ValueError(f"frames must be > {len(clip)}, which {self.extend} has at {fps:g} FPS, got {frames}")
         gives = [("extend", enumerate(clip))]
@@ -141,10 +143,12 @@ def read_clip(name: str, path: str, width: int, height: int, fps: float, keep=()
         if keep and max(keep) >= count:
             raise ValueError(f"keep must name frames in 0..{count - 1}, as many as {path} has at {fps:g} FPS, got "
                              f"{max(keep)}")
-        wanted = sorted(keep or range(count))
-        frames = frames_at(video, [n / fps for n in wanted])
+        wanted, fitted = sorted(keep or range(count)), {}
+        for at in range(0, len(wanted), AT_ONCE):
+            part = wanted[at : at + AT_ONCE]
+            frames = frames_at(video, [n / fps for n in part])
+            fitted |= {n: fit_frame(frame, video.aspect, width, height, View()) for n, frame in zip(part, frames)}
         how = fitting(path, *map(round, upright_size(frames[0], video.aspect)), width, height)
-        fitted = {n: fit_frame(frame, video.aspect, width, height, View()) for n, frame in zip(wanted, frames)}
     return np.stack([fitted[n].permute(1, 2, 0).numpy() for n in keep or wanted]), [how]
 
 

@@ -25,7 +25,7 @@ from clips.write import contact_sheet
 from lab import toy
 from lab.evals import given
 from lab.metrics import Gaussian, frechet_distance, wilson
-from sample import SHIPPED, NoiseSchedule, Request, generate
+from sample import SAMPLERS, SHIPPED, NoiseSchedule, Request, generate
 from sd.device import DTYPES, pick_device, pick_dtype
 
 ANSWERS = ("color", "shape", "direction", "background")
@@ -166,7 +166,9 @@ class Options:
     split: str = option("test", "test: held-out triples; val: those that guidance, eta and checkpoint are chosen on",
                         choices=("test", "val", "train"))
     seeds: int = option(4, "videos a prompt", low=1)
-    steps: int = option(50, "sampling steps", low=1, high=NoiseSchedule.timesteps)
+    sampler: str | None = option(None, "how to step (default: the model's)", choices=tuple(SAMPLERS))
+    steps: int | None = option(None, "sampling steps (default: the model's, or the sampler's)", low=1,
+                               high=NoiseSchedule.timesteps)
     guidance: float | None = option(None, "guidance scale (default: the model's)")
     eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
     fps: float | None = option(None, "frame rate of the task (default: 4; of extend 15)", low=1, high=60)
@@ -189,13 +191,13 @@ def main():
     device = pick_device(o.device)
     dtype = pick_dtype(o.dtype, device)
     model = sd.load(o.ckpt or SHIPPED, device, dtype)
-    request = Request("any", fps=o.fps or given.FPS.get(o.task), steps=o.steps, guidance=o.guidance, eta=o.eta)
-    request = request.resolve(model)
+    request = Request("any", fps=o.fps or given.FPS.get(o.task), sampler=o.sampler, steps=o.steps, guidance=o.guidance,
+                      eta=o.eta).resolve(model)
     result = {"ckpt": os.path.basename(o.ckpt or SHIPPED), "split": o.split,
-              "videos": len(toy.scenes(o.split)) * o.seeds, "steps": o.steps, "guidance": request.guidance,
-              "eta": request.eta, "dtype": str(dtype).removeprefix("torch.")}
-    print("{ckpt}, {split} triples, {videos} videos, {steps} steps, guidance {guidance:g}, eta {eta:g}, {dtype}".format(
-        **result))
+              "videos": len(toy.scenes(o.split)) * o.seeds, "sampler": request.sampler, "steps": request.steps,
+              "guidance": request.guidance, "eta": request.eta, "dtype": str(dtype).removeprefix("torch.")}
+    print("{ckpt}, {split} triples, {videos} videos, {steps} steps of {sampler}, guidance {guidance:g}, eta {eta:g}, "
+          "{dtype}".format(**result))
     numbers, failures = (measure_task if o.task else measure_prompts)(model, request, o)
     if o.json:
         with open(o.json, "a", encoding="utf-8") as file:

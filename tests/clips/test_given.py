@@ -61,6 +61,13 @@ def test_a_clip_is_read_at_the_frame_rate(clip, fps, expected):
     assert [number_of(frame) for frame in frames] == list(expected)
 
 
+def test_a_long_clip_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("clips.given.AT_ONCE", 7)
+    write_clip(tmp_path / "long.mp4", [30 * n for n in range(60)])
+    frames, _ = read_clip("extend", str(tmp_path / "long.mp4"), 96, 64, 20.0)
+    assert [number_of(frame) for frame in frames] == [*range(60)]
+
+
 def test_what_a_browser_recorded_is_read_too(tmp_path):
     path = tmp_path / "MediaRecorder.webm"
     record(path, [50 * n for n in range(20)], Fraction(1, 1000))
@@ -77,6 +84,7 @@ def test_a_clip_is_gone_on_with(clip):
     found = asked(extend=clip, size=(96, 64), overlap=2)
     assert [number_of(found["known"][n]) for n in range(10)] == list(range(0, 20, 2))
     assert found["frames"] == 10 + 2 and found["overlap"] == 2
+    assert asked(extend=clip)["overlap"] == 3  # 4 unless that were all that the model makes
 
 
 def test_pictures_are_fitted_as_in_training_and_it_is_told(image, capsys):
