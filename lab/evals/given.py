@@ -21,7 +21,7 @@ from sample import Request
 FPS = {"first": 4, "ends": 4, "extend": 15, "prompts": 4}  # at 15, 64 frames travel 42 of the 50 px that there are
 TASKS = tuple(FPS)
 CLOSE = 1.5      # px between two places that count as one
-JUMP = 1         # px by which a step may differ from the median step
+JUMP = 1         # px by which the step into a window may differ from the median step
 SPEED_OFF = 0.1  # share by which a speed may differ from the true one
 LATE = 1         # frames by which a change may be early or late
 
@@ -92,17 +92,21 @@ def grade(job: Job, video) -> dict[str, bool]:
     parts = [toy.grade(video[part]) for part in job.parts]
     answers = {}
     if job.task == "first":
-        answers["start"] = np.linalg.norm(beginning(centers, made) - begin) <= CLOSE
+        answers["start"] = np.linalg.norm(at(0, centers, made) - begin) <= CLOSE
     if job.task == "ends":
         off = centers[made] - np.linspace(begin, end, len(video))[made]
         answers["path"] = np.sqrt((off**2).sum(1).mean()) <= CLOSE
     if job.task == "extend":
         speed = motion(centers[made])[1] * job.request.fps / toy.SPEED
         answers["speed"] = abs(speed - 1) <= SPEED_OFF
-    if job.task in ("extend", "prompts"):
-        steps = np.diff(centers[max(made.start - 1, 0) :], axis=0)  # the first one starts at the last given frame
-        answers["no jumps"] = (np.linalg.norm(steps - np.median(steps, axis=0), axis=1) <= JUMP).all()
+        T = made.start
+        steps = np.diff(centers[T - 1 :], axis=0)  # the first one starts at the last given frame
+        seams = np.linalg.norm(steps - np.median(steps, axis=0), axis=1)[:: T - job.request.overlap]
+        answers["no jumps"] = (seams <= JUMP).all() and not np.isnan(steps).any()
     if job.task == "prompts":
+        middle = len(video) // 2 - 0.5
+        here, there = (at(middle, centers, part) for part in job.parts)
+        answers["goes on"] = np.linalg.norm(there - here) <= CLOSE
         names, colors = [nearest(paint) for paint in paints], (color, second_color(color))
         answers["change"] = all(set(names[part]) == {name} for part, name in zip(job.parts, colors))
     else:
@@ -126,10 +130,11 @@ def motion(centers):
     return motion_of(seen, centers[seen])
 
 
-def beginning(centers, made: slice):
-    """Where frame 0 is on the line through the centers (N, 2) of the frames that were made: NaN if there are not 2."""
-    seen = [n for n in range(made.start, made.stop) if not np.isnan(centers[n, 0])]
-    return np.polyfit(seen, centers[seen], 1)[1] if len(seen) > 1 else np.full(2, np.nan)
+def at(frame: float, centers, part: slice):
+    """Where a frame is on the line through the centers (N, 2) of a part: NaN if that has less than two."""
+    seen = [n for n in range(part.start, part.stop) if not np.isnan(centers[n, 0])]
+    slope, start = np.polyfit(seen, centers[seen], 1) if len(seen) > 1 else np.full((2, 2), np.nan)
+    return start + frame * slope
 
 
 def nearest(paint) -> str | None:
