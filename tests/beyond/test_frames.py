@@ -171,8 +171,7 @@ def through_vae(model, frame):
     return decode(model, encode(model, frame[None])[None])[0, 0].astype(int)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("layout, trained", [("grid", False), *((layout, True) for layout in LAYOUTS)])
 def test_given_frames_come_back_where_they_belong(micro, layout, trained):
     model = sd.load(micro, layout=layout)
     model.settings = replace(model.settings, given_trained=trained)
@@ -276,8 +275,7 @@ def test_contexts_between_keys(blend):
             torch.testing.assert_close(context, expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("frames", [4, 8])
+@pytest.mark.parametrize("layout, frames", [("grid", 8), ("causal", 8), *((layout, 4) for layout in LAYOUTS)])
 def test_one_prompt_said_again_is_that_prompt(micro, layout, frames):
     model, ends = sd.load(micro, layout=layout), []
     request = Request("a red circle", steps=2, frames=frames, overlap=2, guidance=3.0)
