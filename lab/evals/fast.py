@@ -76,12 +76,11 @@ def reused_share(model: sd.Model, request: Request) -> float:
 
 def forward_equivalents(request: Request, timesteps: list[int], reused: float) -> float:
     """What a resolved request spends, in full forwards without guidance; reused: see `reused_share`."""
-    spent, kept, full = 0.0, 0, Reuse(None, timesteps, request.reuse).full
+    spent, before, full = 0.0, 0, Reuse(None, timesteps, request.reuse).full
     for t in timesteps:
         halves = 1 if request.guidance_at(t) == 1 else 2
-        whole = t in full or kept < halves  # as Reuse does it: a step in which guidance begins is full
-        kept = halves if whole else kept
-        spent += halves * (1 if whole else reused)
+        spent += halves * (1 if t in full or halves > before else reused)  # one in which guidance begins is full, too
+        before = halves
     return spent
 
 
