@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import cli
 import sd
-from beyond.fast import DPM, FAST, Reuse, StochasticDPM, fast_settings, pooling_pays, rescaled
+from beyond.fast import DPM, FAST, Reuse, StochasticDPM, check_sampling, fast_settings, pooling_pays, rescaled
 from beyond.frames import Known, check_keys, check_known, contexts_at, read_keys, window_length, windows
 from cli import option
 from clips.given import Given, read_prompts, settings_like, settings_of
@@ -239,8 +239,7 @@ class Request:
                     "guidance_rescale": 0.0, "eta": s.eta if sampler == "ddim" else 0.0, "reuse": 1} | chosen
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         whole.check()
-        if whole.eta and whole.sampler != "ddim":
-            raise ValueError(f"eta belongs to the sampler ddim, got {whole.eta:g} for {whole.sampler}")
+        check_sampling(whole.sampler, whole.eta, whole.guidance_interval)
         together = whole.window(model)
         model.check_size(*whole.size, together)
         check_known(whole.known, whole.frames, whole.size, only_first=model.unet.layout.goes_on)

@@ -25,6 +25,15 @@ def fast_settings(chosen: dict) -> dict:
     return FAST | {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
 
 
+def check_sampling(sampler: str, eta: float, guidance_interval: tuple[int, int]):
+    """Raise ValueError where these mean nothing together."""
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta belongs to the sampler ddim, got {eta:g} for {sampler}")
+    low, high = guidance_interval
+    if low > high:
+        raise ValueError(f"guidance_interval must be LOW,HIGH with LOW <= HIGH, got {low},{high}")
+
+
 def pooling_pays(model, size: tuple[int, int]) -> bool:
     """Whether a sd.Model with the layout `grid` has less to do with `pooled`, for frames of a size in pixels."""
     pooled, shorter = Pooled(model.unet.cfg), min(size) // model.vae.cfg.downsampling

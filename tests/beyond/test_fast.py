@@ -129,6 +129,17 @@ def test_fast_is_what_the_model_says_and_else_what_stands_here(micro):
             Request("x", fast=True).resolve(model)
 
 
+@pytest.mark.parametrize("change, says", [
+    ({"eta": 0.5, "sampler": "dpm++"}, "eta belongs to the sampler ddim, got 0.5 for dpm"),
+    ({"guidance_interval": (700, 100)}, "guidance_interval must be LOW,HIGH with LOW <= HIGH, got 700,100"),
+    ({"guidance_interval": (0, 1000)}, "guidance_interval must be in 0..999"), ({"reuse": 0}, "reuse must be >= 1"),
+    ({"guidance_rescale": 1.5}, "guidance_rescale must be in 0..1"),
+])
+def test_what_cannot_be_is_told_in_terms_of_the_fields(micro, change, says):
+    with pytest.raises(ValueError, match=says):
+        Request("x", **change).resolve(sd.load(micro))
+
+
 def test_settings_survive_the_file(micro, tmp_path):
     model = sd.load(micro)
     model.settings = replace(model.settings, sampler="dpm++", sampling_steps=9, guidance_interval=(100, 700),
