@@ -95,6 +95,8 @@ def check_known(known: dict, frames: int, size: tuple[int, int], only_first: boo
         if frame.shape != (*size[::-1], 3) or frame.dtype != np.uint8:
             raise ValueError(f"known must hold uint8 frames of {size[1]} x {size[0]} x 3, got {frame.dtype} of "
                              f"{' x '.join(map(str, frame.shape))} for frame {n}")
+    if len(known) == frames:
+        raise ValueError(f"frames must be > {frames}: as many are given, and nothing is left to make")
     later = set(known) - set(range(len(known)))
     if later and only_first:
         raise ValueError("only the first frames can be given to a layout in which no frame sees a later one, got frame "
