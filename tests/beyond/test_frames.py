@@ -238,7 +238,7 @@ def test_a_long_clip_is_gone_on_with_frame_by_frame(micro):
     ({"known": {4: picture(0)}}, r"known must name frames in 0..3, got 4"),
     ({"known": {0: picture(0, 64)}}, "known must hold uint8 frames of 32 x 32 x 3, got uint8 of 64 x 64 x 3 for frame"),
     ({"known": {0: picture(0) / 255}}, "got float64 of 32 x 32 x 3 for frame 0"),
-    ({"known": {n: picture(n) for n in range(4)}}, "frames must be > 4: as many are given, and nothing is left to make"),
+    ({"known": {n: picture(n) for n in range(4)}}, "frames must be > 4: as many are given, and nothing is left"),
     ({"overlap": 4, "frames": 9}, "overlap must be < 4, the frames that the model was trained on, got 4"),
     ({"prompts_at": {0: "a"}}, "prompt and prompts_at cannot both be given"),
     ({"prompt": (), "prompts_at": {1: "a"}}, "prompts_at must begin at frame 0 and rise, got 1"),
