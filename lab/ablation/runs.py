@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import active_children, get_context
 
 import numpy as np
@@ -58,6 +58,7 @@ class Variant:
     triple_data: bool = True  # else videos alone
     videos: int = 0  # only the first so many; 0 for all
     layout: str = "grid"
+    layout_options: dict = field(default_factory=dict)
 
 
 SIZES = (9, 27, 81, 243)  # and all 864, which "mixed embedding" has
@@ -71,7 +72,9 @@ VARIANTS = (
     *(Variant(f"{n} videos", triple_data=False, videos=n) for n in SIZES),
 )
 WAYS = (
-    *(Variant(name, triple_data=False, layout=name) for name in LAYOUTS),
+    # a frame has 4 x 4 tokens here: with more squares, `pooled` would be the grid to the bit
+    *(Variant(name, triple_data=False, layout=name, layout_options={"squares": 2} if name == "pooled" else {})
+      for name in LAYOUTS),
     Variant("grid, gated", triple_data=False, gate=True),
 )
 
@@ -113,7 +116,7 @@ def train(cfg: Config, make_unet, variant=Variant(""), curve=(), graded=False) -
     graded  whether to draw the held-out prompts then, too
     """
     with Ranks(cfg.timeout) as ranks, claimed(cfg, ranks):
-        cfg = in_precision(replace(cfg, layout=variant.layout), ranks)
+        cfg = in_precision(replace(cfg, layout=variant.layout, layout_options=variant.layout_options), ranks)
         torch.manual_seed(cfg.seed)
         model = make_model(cfg)
         model.unet = make_unet(model.unet)
