@@ -10,9 +10,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from cli import beside, warn
+from clips.decode import Bad, open_container, require_file
 from grid import largest_factor
 
 BT709, LIMITED = 1, 1  # color space, and range of its numbers, as libav and files number them
@@ -95,19 +96,19 @@ class Kept:
 
 
 def read_metadata(path: str) -> dict:
-    """The metadata of a file that `write_video` made. Raises ValueError where there are none, and OSError."""
-    comment = None
+    """The metadata of a file that `write_video` made. Raises ValueError where there are none."""
     try:
+        require_file(path)
         if os.path.splitext(path)[1].lower() == ".mp4":
-            with av.open(path) as file:
+            with open_container(path) as file:
                 comment = file.metadata.get("comment")
         else:
             with Image.open(path, formats=("GIF", "PNG")) as image:
                 comment = image.info.get("comment")
         found = json.loads(comment)
-    except (av.FFmpegError, UnidentifiedImageError, ValueError, TypeError, RecursionError) as error:
-        if isinstance(error, OSError) and error.filename and not os.path.exists(path):
-            raise
+    except Bad as bad:
+        raise ValueError(f"{path} cannot be used: {bad}") from bad
+    except Exception:  # libav and Pillow raise anything on damaged bytes
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"{path} carries no settings: it must be a .mp4, .gif or .png that sample.py made")

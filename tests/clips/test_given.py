@@ -185,12 +185,15 @@ def test_the_shipped_model_needs_no_name(run, tmp_path):
 @pytest.mark.parametrize("made, says", [
     ("note.gif", "note.gif carries no settings: it must be a .mp4, .gif or .png that sample.py made"),
     ("plain.mp4", "plain.mp4 carries no settings"), ("list.png", "list.png carries no settings"),
-    ("nowhere.mp4", "nowhere.mp4"), ("other.png", "other.png was made with ckpt other.safetensors, a file that is not "
-                                                  "in it: give --ckpt too"),
+    ("nowhere.mp4", "nowhere.mp4 cannot be used: missing"), ("pipe.gif", "pipe.gif cannot be used: not a regular file"),
+    ("bomb.gif", "bomb.gif carries no settings"),
+    ("other.png", "other.png was made with ckpt other.safetensors, a file that is not in it: give --ckpt too"),
     ("odd.png", "steps must be a whole number, got 'many'"), ("keys.png", "prompts_at must have a text for whole"),
 ])
 def test_settings_that_cannot_be_taken(run, tmp_path, made, says):
     (tmp_path / "note.gif").write_text("a note")
+    (tmp_path / "bomb.gif").write_bytes(b"GIF89a\xff\xff\xff\xff\x00\x00\x00")  # of 65,535 x 65,535 pixels
+    os.mkfifo(tmp_path / "pipe.gif")
     write_clip(tmp_path / "plain.mp4", [0, 20, 40])
     for name, metadata in {"list.png": [1], "other.png": {"prompt": "x", "ckpt": "other.safetensors"},
                            "odd.png": {"prompt": "x", "steps": "many"}, "keys.png": {"prompts_at": {"x": 3}}}.items():

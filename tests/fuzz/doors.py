@@ -46,6 +46,7 @@ from clips.decode import Bad
 from clips.lists import Items
 from clips.pictures import View, fit_image
 from clips.samples import LiveClips, Spec
+from clips.write import write_video
 from model import UNetConfig
 from sd.names import VAE_ATTENTION, parameters, text_parameters, unet_layers, vae_layers
 from sd.presets import ModelConfig
@@ -324,6 +325,36 @@ def check_frames(frames: torch.Tensor, count: int):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Given frames, and earlier videos
+
+TOLD = {"prompt": "a cat", "prompts_at": {}, "blend": False, "frames": 4, "size": [16, 16], "fps": 8.0, "steps": 1,
+        "sampler": "dpm++", "guidance": 2.0, "guidance_interval": [0, 999], "overlap": None, "seed": 3, "keep": [],
+        "layout": "grid", "ckpt": "tiny.safetensors"}
+
+
+def given(rng, folder, world):
+    world.fill(folder, "a.mp4", "RGB.png", "nano.safetensors")
+    for name in ("a.mp4", "RGB.png"):
+        if rng.random() < 0.5:
+            write(os.path.join(folder, name), bend(world.data[name], rng, world.lures))
+    told = TOLD if rng.random() < 0.5 else TOLD | {"prompt": "", "prompts_at": {"0": "a cat", "2": "a dog"}}
+    made, bent = os.path.join(folder, rng.choice(("made.gif", "made.png", "made.mp4"))), bend_json(told, rng, world.lures)
+    if re.search(r"\b\d{4,9}\b", json.dumps(bent)):  # what is possible, but takes its time, is no fault
+        bent = told
+    write_video(made, np.zeros((2, 16, 16, 3), np.uint8), 8, bent)
+    if rng.random() < 0.3:
+        with open(made, "rb") as file:
+            data = file.read()
+        write(made, bend(data, rng, world.lures))
+    asked = rng.choice((
+        ["a cat", "--first=RGB.png"], ["a cat", "--first=RGB.png", "--last=RGB.png"],
+        ["a cat", "--extend=a.mp4", "--frames=16", "--overlap=2"], ["a cat", "--given=a.mp4", "--keep=0,3"],
+        ["--prompts_at", bend(b"0: a cat; 2: a dog", rng, world.lures).decode(errors="replace").replace("\0", "")],
+        [f"--like={os.path.basename(made)}"], [f"--like={os.path.basename(made)}"]))
+    return started(sample.main, "sample.py", *asked, "--ckpt=nano.safetensors", "--steps=1", "--out=o.gif", asked=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def sampled(folder, ckpt: str):
@@ -454,4 +485,4 @@ def command_lines(rng, folder, world):
 
 
 DOORS = {"lists": lists, "images": images, "clips": clips, "safetensors": safetensors, "ckpt": ckpt,
-         "config.json": config_json, "configs": configs, "command lines": command_lines}
+         "config.json": config_json, "configs": configs, "command lines": command_lines, "given": given}
