@@ -338,7 +338,8 @@ def given(rng, folder, world):
         if rng.random() < 0.5:
             write(os.path.join(folder, name), bend(world.data[name], rng, world.lures))
     told = TOLD if rng.random() < 0.5 else TOLD | {"prompt": "", "prompts_at": {"0": "a cat", "2": "a dog"}}
-    made, bent = os.path.join(folder, rng.choice(("made.gif", "made.png", "made.mp4"))), bend_json(told, rng, world.lures)
+    made = os.path.join(folder, rng.choice(("made.gif", "made.png", "made.mp4")))
+    bent = bend_json(told, rng, world.lures)
     if re.search(r"\b\d{4,9}\b", json.dumps(bent)):  # what is possible, but takes its time, is no fault
         bent = told
     write_video(made, np.zeros((2, 16, 16, 3), np.uint8), 8, bent)
