@@ -120,9 +120,11 @@ class UNetTask:
         batch = next(self.loader)
         noise = self.noise(generator("noise", self.cfg.seed, position) for position in batch.positions)
         t = draw_timesteps(self.cfg, batch.positions, self.ranks.world)
-        given = [draw_given(self.cfg.frames, self.cfg.given_share, generator("given", self.cfg.seed, position))
-                 for position in batch.positions]
-        return batch.sources, (*self.clean(batch), t, noise, *([torch.stack(given)] if self.cfg.given_share else []))
+        arguments = [*self.clean(batch), t, noise]
+        if self.cfg.given_share:
+            arguments.append(torch.stack([draw_given(self.cfg.frames, self.cfg.given_share, generator(
+                "given", self.cfg.seed, position)) for position in batch.positions]))
+        return batch.sources, arguments
 
     def clean(self, batch: Batch):
         """Latents, prompt and FPS."""
@@ -138,15 +140,15 @@ class UNetTask:
         """(name, arguments of the module): what was held out at fixed timesteps, always under the same noise; with
         given frames in training also with each kind of these."""
         self.held_out = self.held_out or self.clean(self.stream.validation())
-        n, kinds = len(self.held_out[0]), {f"{kind}_": kind for kind in KINDS if self.cfg.given_share}
-        for name, t in product(["", *kinds], VALIDATION_TIMESTEPS):
+        n, kinds = len(self.held_out[0]), ["", *KINDS] if self.cfg.given_share else [""]
+        for kind, t in product(kinds, VALIDATION_TIMESTEPS):
             noise = self.noise(generator("validation", t, i) for i in range(n))
             whole = [*self.held_out, torch.full((n,), t), noise]
-            if name:
-                known = [known_frames(kinds[name], self.cfg.frames, generator("known", i)) for i in range(n)]
+            if kind:
+                known = [known_frames(kind, self.cfg.frames, generator("known", i)) for i in range(n)]
                 whole.append(torch.where(torch.stack(known), 0, UNKNOWN))
             for part in zip(*(x.split(self.cfg.batch_size) for x in whole)):
-                yield f"val_loss_{name}{t}", part
+                yield f"val_loss_{kind}{'_' * bool(kind)}{t}", part
 
     def snapshot(self) -> sd.Model:
         """The model as one would sample it now."""

@@ -121,7 +121,6 @@ class Model:
                                  f"side are {side // factor * cells} latent pixels, which {halvings} does not divide; "
                                  f"use a multiple of {factor * halvings}")
 
-
     def unseen(self, request) -> list[str]:
         """What the model was never trained on, in a sentence each, of a resolved sample.Request."""
         s, trained = self.settings, ", ".join(f"{fps:g}" for fps in self.settings.fps_trained)

@@ -32,7 +32,7 @@ from model import UNet
 from sample import Request
 from sd.device import precision
 from sd.settings import LAYOUTS
-from sd.vae import encode_frames
+from sd.vae import encode
 from train import VALIDATION_TIMESTEPS, Denoising, UNetTask, in_precision, run
 from training.checkpoints import claimed
 from training.config import Config, read_config
@@ -191,9 +191,7 @@ def true_loss(cfg: Config, model: sd.Model, fps: float, said=None) -> float:
     """Mean loss over VALIDATION_TIMESTEPS; said: the scenes in the captions, when they are not those in the videos."""
     rng, scenes = np.random.default_rng(0), toy.scenes("test")
     device, n = next(model.unet.parameters()).device, len(scenes)
-    clips = [torch.from_numpy(toy.true_render(scene, rng, cfg.frames, cfg.default_fps)) for scene in scenes]
-    means = [encode_frames(model.vae, clip.permute(0, 3, 1, 2)).chunk(2, dim=1)[0] for clip in clips]
-    latents = torch.stack(means) * model.settings.latent_scale
+    latents = torch.stack([encode(model, toy.true_render(scene, rng, cfg.frames, cfg.default_fps)) for scene in scenes])
     context = model.text.encode([toy.caption(*scene) for scene in said or scenes])
     module = Denoising(model, cfg, None)
     losses = []

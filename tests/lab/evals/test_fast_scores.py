@@ -128,7 +128,7 @@ def test_psnr_where_nothing_was_read():
 
 
 def test_what_is_noted_is_what_the_grader_says(monkeypatch):
-    """Of the shipped model, on two scenes: graded as by grade_prompts, and latents beside those made one by one."""
+    """Two scenes of the shipped model: graded as by grade_prompts, and latents beside those made one by one."""
     scenes = toy.scenes("val")[:2]
     monkeypatch.setattr(toy, "scenes", lambda split: scenes)
     model = sd.load(SHIPPED)
