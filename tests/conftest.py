@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -18,6 +19,9 @@ from lab import toy
 from sd.presets import PRESETS
 
 __all__ = ["ONE_THREAD", "ROOT", "by_two", "copied", "finished", "processes"]  # of runs.py, for all tests
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's `pytest &`: what tests start would, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run two at a time: threads of both on the same cores would only wait
     torch.set_num_threads(1)

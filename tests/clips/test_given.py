@@ -224,8 +224,7 @@ def test_ctrl_c_keeps_what_is_finished(micro, tmp_path):
     with open(progress, "w") as err:
         process = subprocess.Popen(
             [sys.executable, "sample.py", "x", "--ckpt", micro, "--frames", "4000", "--overlap=2", "--steps=5",
-             "--out", path], cwd=ROOT, stderr=err, env=ONE_THREAD, preexec_fn=lambda: signal.signal(
-                 signal.SIGINT, signal.default_int_handler))
+             "--out", path], cwd=ROOT, stderr=err, env=ONE_THREAD)
         while not any(f"| {n}/" in progress.read_text() for n in range(30, 10_000)) and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
