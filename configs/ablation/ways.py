@@ -18,14 +18,14 @@ timestep_width = 0.4  # where frames need each other (see shipped/first.py), and
 default_fps = 4
 guidance = 3.0
 
-max_steps = 3000
+max_steps = 6000
 batch_size = 4
 lr = 6e-4
 warmup = 50
-cooldown = 600
+cooldown = 1200
 betas = (0.9, 0.99)
 weight_decay = 0.01
-dtype = "auto"
+dtype = "float32"  # on whatever machine: lines of several are compared
 
 log_every = 100
 sheet_every = 10_000

@@ -31,9 +31,10 @@ def main():
     for path in (results, figure):  # now, not after hours
         check_writable(path)
     ablate(STUDIES[o.study], results)
-    shown, lines = (report, ways)[o.study == "ways"], read_results(results)
-    print("\n".join(shown.tables(lines)))
-    shown.draw_figure(lines, figure)
+    lines = read_results(results)
+    shown, measured = (ways, [ways.step_seconds()]) if o.study == "ways" else (report, [])
+    print("\n".join(shown.tables(lines, *measured)))
+    shown.draw_figure(lines, figure, *measured)
     print(figure)
 
 

@@ -79,6 +79,9 @@ WAYS = (
 )
 
 
+NARROW = {"channels": 48, "head_width": 48}
+
+
 class GatedUNet(UNet):
     """A UNet with a learned gate per channel on the mixed embedding: zero at first, so it starts as the image model."""
 
@@ -102,7 +105,7 @@ def video_unet(variant: Variant, image: UNet) -> UNet:
 
 def image_unet(shipped: UNet) -> UNet:
     """A fresh UNet without ETC's additions, three quarters as wide as the shipped model's."""
-    return UNet(replace(shipped.cfg, channels=48, head_width=48, mixed_embedding=False, fps_embedding=False))
+    return UNet(replace(shipped.cfg, **NARROW, mixed_embedding=False, fps_embedding=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class ProbedTask(UNetTask):
 
     def begin(self, first: int, last: int):
         super().begin(first, last)
-        self.step, self.began = first, self.clock()
+        self.step = first
 
     def batch(self):
         if self.step in self.curve:
@@ -147,21 +150,13 @@ class ProbedTask(UNetTask):
         self.step += 1
         return super().batch()
 
-    def clock(self) -> float:
-        """Seconds of this process on its core, which other work on the machine hardly changes; with a GPU, of a clock
-        on the wall."""
-        return time.process_time() if self.ranks.device.type == "cpu" else time.monotonic()
-
     def probe(self):
-        """Note what the model is like now, and the seconds of training until here, without those of looking."""
-        paused = self.clock()
-        seconds = paused - self.began
-        self.probes[self.step] = probe(self.cfg, self.model) | {"seconds": round(seconds, 1)}
+        """Note what the model is like now."""
+        self.probes[self.step] = probe(self.cfg, self.model)
         if self.graded:
             with precision(getattr(torch, self.cfg.dtype), next(self.model.unet.parameters()).device):
                 report = grade_prompts(self.model, "test", 1, Request(steps=STEPS_BETWEEN), batch_size=8)
             self.probes[self.step] |= shares(report)
-        self.began += self.clock() - paused
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +236,7 @@ class Study:
 
 STUDIES = {
     "paper": Study(VARIANTS, ("image", "compare", "sheets"), "run", (0, 50, 500), score),
-    "ways": Study(WAYS, ("image",), "ways", (0, 500, 1000, 1500, 2000, 2500)),
+    "ways": Study(WAYS, ("image",), "ways", (0, 1000, 2000, 3000, 4000, 5000)),
 }
 
 
@@ -260,20 +255,20 @@ def prepare_runs(study: Study) -> Config:
 def ablate(study: Study, results: str):
     """Run every variant of a study with every seed that has no line in the file of results yet.
 
-    As many run at a time as there are cores, each on one: a run gains little from a second core.
+    As many run at a time as there are cores, each on one: a run gains little from a second core, and one card, for
+    models so small, is idle until the next of many runs asks.
     """
     done = [(result["variant"], result["seed"]) for result in read_results(results)]
     todo = [(variant, seed) for seed in range(SEEDS) for variant in study.variants if (variant.name, seed) not in done]
     if not todo:
         return
     cfg = prepare_runs(study)
-    cores = torch.get_num_threads()
-    workers = 1 if torch.cuda.is_available() else cores
+    workers = torch.get_num_threads()
     print(f"runs: {len(todo)}, {workers} at a time; what they say goes to {cfg.out_dir}/*/log", flush=True)
     context = get_context(start_method())  # a fork of this process could neither use a GPU nor all of torch
     context.set_forkserver_preload([__name__])  # where there is no such server, nothing reads it
     with (Ranks(cfg.timeout) as ranks, claimed(cfg, ranks),
-          ProcessPoolExecutor(workers, context, torch.set_num_threads, (cores // workers,)) as pool):
+          ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool):
         try:
             futures = [pool.submit(one_run, cfg, study, *it) for it in todo]
             for n, future in enumerate(as_completed(futures), 1):

@@ -1,17 +1,30 @@
 """Figure 2 in small: how soon each way to see time learns, against steps and against seconds."""
 
+import os
+import statistics
+from dataclasses import replace
+
+import torch
+
 from lab.ablation.report import cell, curve, heading, line
-from lab.ablation.runs import SEEDS, WAYS
+from lab.ablation.runs import CONFIGS, NARROW, SEEDS, STUDIES, WAYS
+from lab.bench.step import our_step
+from lab.bench.timing import in_turn
 from lab.metrics import wilson
+from sd.presets import TINY
+from training.config import read_config
 
 GRADED = ("color", "shape", "direction", "wrong cuts")
 
 
 class Way:
-    """The runs of a way. Its name says so where seeds are missing."""
+    """The runs of a way. Its name says so where seeds are missing.
 
-    def __init__(self, name: str, runs: list[dict]):
-        self.runs, self.steps = runs, list(runs[0]["loss"])
+    step_seconds  what a step takes
+    """
+
+    def __init__(self, name: str, runs: list[dict], step_seconds: float):
+        self.runs, self.steps, self.step_seconds = runs, list(runs[0]["loss"]), step_seconds
         self.name = name + (f" ({len(runs)} of {SEEDS} seeds)" if len(runs) < SEEDS else "")
 
     def share(self, what: str, step: str) -> tuple[float, float, float]:
@@ -28,35 +41,53 @@ class Way:
         """The first step of the curve at which half of all videos move as they should, and the seconds until then."""
         for step in self.steps:
             if self.share("direction", step)[0] >= 50:
-                return step, f"{self.spread('seconds', step)[0]:.0f}"
-        return f"> {self.steps[-1]}", f"> {self.spread('seconds', self.steps[-1])[0]:.0f}"
+                return step, f"{int(step) * self.step_seconds:.0f}"
+        return f"> {self.steps[-1]}", f"> {int(self.steps[-1]) * self.step_seconds:.0f}"
 
 
-def ways_of(results: list[dict]) -> list[Way]:
-    """In the order of WAYS, without those that have no runs."""
+def step_seconds() -> dict[str, float]:
+    """Seconds of a step by one core, by the names of ways, which take turns: runs share a machine, so their own clocks
+    say little."""
+    threads, cpu = torch.get_num_threads(), torch.device("cpu")
+    torch.set_num_threads(1)
+    cfg = read_config([os.path.join(CONFIGS, STUDIES["ways"].run + ".py")])
+    shape = replace(TINY, unet=replace(TINY.unet, **NARROW))
+
+    def work(way):
+        mine = replace(cfg, layout=way.layout, layout_options=way.layout_options)
+        parts = our_step(mine, cpu, shape).values()
+        return lambda: [part() for part in parts]
+
+    spent = in_turn({way.name: work(way) for way in WAYS}, cpu, rounds=10, seconds=60)
+    torch.set_num_threads(threads)
+    return {name: statistics.median(seconds) for name, seconds in spent.items()}
+
+
+def ways_of(results: list[dict], seconds: dict[str, float]) -> list[Way]:
+    """In the order of WAYS, without those that have no runs; seconds: of a step, by name."""
     runs = {way.name: [result for result in results if result["variant"] == way.name] for way in WAYS}
-    return [Way(name, mine) for name, mine in runs.items() if mine]
+    return [Way(name, mine, seconds[name]) for name, mine in runs.items() if mine]
 
 
-def tables(results: list[dict]):
+def tables(results: list[dict], seconds: dict[str, float]):
     """Yield lines of Markdown."""
     columns = [*(f"{name}, %" for name in GRADED), "loss", "half move right at step", "after s", "ms a step"]
     yield from heading("", columns)
-    for way in ways_of(results):
+    for way in ways_of(results, seconds):
         last = way.steps[-1]
         cells = [cell(way.share(name, last), 0) for name in GRADED] + [cell(way.spread("video", last), 4), *way.half()]
-        yield line(way.name, [*cells, f"{1000 * way.spread('seconds', last)[0] / int(last):.0f}"])
+        yield line(way.name, [*cells, f"{1000 * way.step_seconds:.0f}"])
 
 
-def draw_figure(results: list[dict], path: str):
+def draw_figure(results: list[dict], path: str, seconds: dict[str, float]):
     """Draw the curves: direction and held-out loss, against steps and against seconds."""
     from matplotlib.figure import Figure  # of the extra `dev`
 
     drawing = Figure(figsize=(11, 7), layout="constrained")
     panels = drawing.subplots(2, 2, sharex="col", sharey="row")
-    for way in ways_of(results):
-        seconds = [way.spread("seconds", step)[0] for step in way.steps]
-        for column, x in enumerate((list(map(int, way.steps)), seconds)):
+    for way in ways_of(results, seconds):
+        steps = [int(step) for step in way.steps]
+        for column, x in enumerate((steps, [step * way.step_seconds for step in steps])):
             curve(panels[0][column], x, [way.share("direction", step) for step in way.steps], label=way.name)
             curve(panels[1][column], x, [way.spread("video", step) for step in way.steps], label=way.name)
     panels[0][0].set(title="Figure 2 in small, by steps", ylabel="% of held-out prompts that move right", ylim=(0, 105))

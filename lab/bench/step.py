@@ -20,7 +20,7 @@ from lab.bench import peers
 from lab.bench.parts import operators_table
 from lab.bench.timing import ceilings, in_turn
 from sd.device import pick_device, pick_dtype, precision
-from sd.presets import TINY
+from sd.presets import TINY, ModelConfig
 from train import UNetTask
 from training.account import setting
 from training.config import Config, read_config
@@ -32,7 +32,7 @@ def main(arguments):
     device, cfg = pick_device(), read_config([os.path.join(ROOT, "configs", "tiny.py"), *arguments], __doc__)
     dtype = pick_dtype(cfg.dtype, device)
     cfg = replace(cfg, dtype=str(dtype).removeprefix("torch."))
-    parts = {"diffusers": plain_step(cfg, device), "ours": our_step(cfg, device)}
+    parts = {"diffusers": plain_step(cfg, device), "ours": our_step(cfg, device, TINY)}
     spent = in_turn({(name, part): work for name, step in parts.items() for part, work in step.items()}, device,
                     seconds=120)
     whole = {name: np.sum([spent[name, part] for part in parts[name]], axis=0) for name in parts}
@@ -45,10 +45,10 @@ def main(arguments):
     operators_table(lambda: [work() for work in parts["ours"].values()], device, ceilings(device, dtype))
 
 
-def our_step(cfg: Config, device):
+def our_step(cfg: Config, device, shape: ModelConfig):
     """The parts of a step of train.py, by name."""
     with device:
-        module, batch, _ = setting(cfg, UNetTask.example, TINY)
+        module, batch, _ = setting(cfg, UNetTask.example, shape)
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
     optimizer, losses = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr}], cfg.ema), []

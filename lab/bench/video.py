@@ -1,84 +1,124 @@
-"""Fifty guided steps of 16 frames of 256x256 with each layout, beside ModelScope and AnimateDiff.
+"""What sixteen frames of 256x256 take: ours beside ModelScope and AnimateDiff, and what makes ours faster.
 
     python -m lab.bench video
 
-A step is one forward of both halves of guidance and DDIM's update. On a CPU two steps are timed, the rest is
-extrapolated.
+Steps of every kind take turns: with both halves of guidance or one, with the whole UNet or, where deep features are
+reused, its outermost blocks. A row is the sum of its steps, by their medians; frames a second count the VAE, too. The
+arithmetic of a sampler is part of a step, and next to nothing of it.
 """
 
+import math
 import statistics
+from collections import Counter
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from beyond.fast import FAST, Reuse
 from cli import parse
 from lab.bench import peers
-from lab.bench.scale import flop_of, with_layouts
-from lab.bench.timing import Options, arithmetic, default_dtype, in_turn, report
+from lab.bench.scale import with_layouts
+from lab.bench.timing import Options, default_dtype, in_turn
 from lab.bench.unet import forward_of, unet_input
 from model import UNet
-from sample import NoiseSchedule, denoise
+from sample import NoiseSchedule, Request, denoise
 from sd.presets import SD21
-from sd.settings import Settings
+from sd.settings import LAYOUTS, Settings
 from sd.vae import AutoencoderKL
-from training.account import count_flop
 
 # (UNet, shape of the context of both halves of guidance): AnimateDiff wants it once a frame
-PEERS = {"ModelScope (3-D UNet)": (peers.modelscope_unet, (2, 77, 1024)),
-         "AnimateDiff (motion modules)": (peers.animatediff_unet, (32, 77, 768))}
+PEERS = {"ModelScope": (peers.modelscope_unet, (2, 77, 1024)), "AnimateDiff": (peers.animatediff_unet, (32, 77, 768))}
+PUBLISHED, FEWER = 50, FAST["steps"]  # steps: what the peers' papers take, and what a better solver needs
+SCHEDULE = NoiseSchedule(Settings())
 
 
 def main(arguments):
     device, dtype = parse(Options, __doc__, arguments).place()
-    steps = 50 if device.type == "cuda" else 2
+    at_once = 10 if device.type == "cuda" else 1
     with device, default_dtype(dtype):
         plain, vae = UNet(SD21.unet), AutoencoderKL(SD21.vae)
-        works = {name: their_video(make(), text, steps, device, dtype) for name, (make, text) in PEERS.items()}
-    flop = {name: steps * flop_of_step(make, text) for name, (make, text) in PEERS.items()}
-    for name, unet in with_layouts(plain, device, dtype).items():
-        works[f"ours ({name})"] = our_video(unet, steps, device, dtype)
-        flop[f"ours ({name})"] = 2 * steps * flop_of(name, 16)  # both halves of guidance
-    ceiling = arithmetic(device, dtype)
-    spent = in_turn(works, device, seconds=60, rounds=5)
+        works = {name: their_step(make(), text, device, dtype) for name, (make, text) in PEERS.items()}
+    unets = with_layouts(plain, device, dtype)
+    for name, *kind in sorted({(name, *kind) for name, request in rows().values() for kind in steps_of(request)}):
+        works[(name, *kind)] = our_step(unets[name], *kind, device, dtype)
+    spent = in_turn({key: repeated(step, at_once) for key, step in works.items()}, device, seconds=120, rounds=7)
+    seconds = {key: statistics.median(each) / at_once for key, each in spent.items()}
     latents = torch.randn(16, 4, 32, 32).to(device, dtype)
     decoding = statistics.median(in_turn({"": forward_of(vae.decode, (latents,))}, device, 2)[""])
-    print(f"{steps} guided steps of 16 frames of 256x256, {str(dtype)[6:]}; the VAE takes {decoding:.1f} s for all")
-    report(spent, "ModelScope (3-D UNet)", flop, ceiling)
-    how = "measured" if steps == 50 else f"extrapolated from {steps} steps"
-    for name, seconds in spent.items():
-        print(f"  {name:30} {16 / (statistics.median(seconds) * 50 / steps + decoding):7.4f} frames/s, 50 steps, {how}")
+    show(seconds, decoding, f"{device.type}, {str(dtype)[6:]}")
 
 
-def our_video(unet, steps: int, device, dtype):
+def rows() -> dict[str, tuple[str, Request]]:
+    """Ours: what a row says, its layout, and how it samples."""
+    whole = Request("any", steps=PUBLISHED, guidance=7.0, guidance_interval=(0, 999), reuse=1)
+    found, said, request = {f"{name}, {PUBLISHED} steps": (name, whole) for name in LAYOUTS}, "grid", vars(whole)
+    low, high = FAST["guidance_interval"]
+    for gain, changed in ((f", {FEWER} steps", "steps"), (f", guided at {low}..{high}", "guidance_interval"),
+                          (f", reuse {FAST['reuse']}", "reuse")):
+        said, request = said + gain, request | {changed: FAST[changed]}
+        found[said] = "grid", Request(**request)
+    found[f"pooled, {FEWER} steps"] = "pooled", Request(**vars(whole) | {"steps": FEWER})
+    return found | {"--fast, all of it": ("pooled", Request(**request))}
+
+
+def steps_of(request: Request, timesteps=None) -> Counter:
+    """How many steps of each kind a resolved request has: (halves of guidance, whether the whole UNet runs)."""
+    timesteps = timesteps or SCHEDULE.sampling_timesteps(request.steps)
+    counts, before, full = Counter(), 0, Reuse(None, timesteps, request.reuse).full
+    for t in timesteps:
+        halves = 1 if request.guidance_at(t) == 1 else 2
+        counts[halves, t in full or halves > before] += 1  # a step in which guidance begins is full, too
+        before = halves
+    return counts
+
+
+def our_step(unet, halves: int, whole: bool, device, dtype):
+    """() -> a step of that kind is taken, each time the next one of a long run."""
     noise, _, context = unet_input(device, dtype, 128, 128, 2)
-    condition, schedule = torch.full((1,), 8.0, device=device), NoiseSchedule(Settings())
-
-    def work():
-        run = denoise(unet, schedule, noise[:1].float(), *context.split(1), condition, (4, 4))
-        for _ in range(steps):
-            next(run)
-    return work
+    steps, guidance, condition = SCHEDULE.timesteps, 7.0 if halves == 2 else 1.0, torch.full((1,), 8.0, device=device)
+    called = unet if whole else Reuse(unet, SCHEDULE.sampling_timesteps(steps), steps)  # after a first step, all reuse
+    run = denoise(called, SCHEDULE, noise[:1].float(), *context.split(1), condition, (4, 4), steps=steps,
+                  guidance=guidance)
+    return lambda: next(run)
 
 
-def their_video(unet, text, steps: int, device, dtype):
-    """The same steps as diffusers' pipelines take them; text: shape of the context."""
-    from diffusers import DDIMScheduler
+def their_step(unet, text, device, dtype):
+    """The same, as diffusers' pipelines take it; text: shape of the context."""
+    from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    scheduler.set_timesteps(50)
     noise, context = torch.randn(1, 4, 16, 32, 32).to(device), torch.randn(text).to(device, dtype)
 
-    def work():
-        x = noise
-        with torch.no_grad():
-            for t in scheduler.timesteps[:steps]:
-                output = unet(torch.cat([x, x]).to(dtype), t, encoder_hidden_states=context).sample.float()
+    def steps():
+        while True:
+            scheduler, x = DPMSolverMultistepScheduler(beta_schedule="scaled_linear"), noise
+            scheduler.set_timesteps(PUBLISHED)
+            for t in scheduler.timesteps:
+                with torch.no_grad():
+                    output = unet(torch.cat([x, x]).to(dtype), t, encoder_hidden_states=context).sample.float()
                 without, with_prompt = output.chunk(2)
                 x = scheduler.step(without + 7.0 * (with_prompt - without), t, x).prev_sample
+                yield
+    run = steps()
+    return lambda: next(run)
+
+
+def repeated(step, times: int):
+    def work():
+        for _ in range(times):
+            step()
     return work
 
 
-def flop_of_step(make, text) -> int:
-    with FakeTensorMode(), torch.no_grad():
-        unet, inputs = make(), (torch.zeros(2, 4, 16, 32, 32), torch.zeros(2), torch.zeros(text))
-        return count_flop(lambda: unet(*inputs))
+def show(seconds: dict, decoding: float, where: str):
+    """Print what a step of each kind takes, and then the rows."""
+    print(f"a step of 16 frames of 256x256, {where}; the VAE takes {decoding:.2f} s for all frames")
+    for key, each in seconds.items():
+        name, halves, whole = key if isinstance(key, tuple) else (key, 2, True)
+        said = f"{name}, {'both halves' if halves == 2 else 'one half'}" + ", reused features" * (not whole)
+        print(f"  {said:40} {each * 1e3:10.1f} ms  {seconds['ModelScope'] / each:6.2f}x")
+    total = {f"{name}, {steps} steps": steps * seconds[name] for name in PEERS for steps in (PUBLISHED, FEWER)}
+    for said, (name, request) in rows().items():
+        total[said] = math.fsum(n * seconds[(name, *kind)] for kind, n in steps_of(request).items())
+    print("a video: steps, speed beside ModelScope's published steps, frames a second with the VAE")
+    for said, each in total.items():
+        print(f"  {said:40} {each:10.2f} s   {total[f'ModelScope, {PUBLISHED} steps'] / each:6.2f}x  "
+              f"{16 / (each + decoding):8.3f} frames/s")

@@ -29,6 +29,7 @@ from lab import toy
 from lab.ablation.report import cell, curve, heading, line
 from lab.ablation.runs import read_results
 from lab.bench import timing
+from lab.bench.video import steps_of
 from lab.evals.toy import ANSWERS, track, trajectory_distances
 from lab.metrics import psnr, wilson
 from lab.toy.grader import centroids
@@ -76,12 +77,7 @@ def reused_share(model: sd.Model, request: Request) -> float:
 
 def forward_equivalents(request: Request, timesteps: list[int], reused: float) -> float:
     """What a resolved request spends, in full forwards without guidance; reused: see `reused_share`."""
-    spent, before, full = 0.0, 0, Reuse(None, timesteps, request.reuse).full
-    for t in timesteps:
-        halves = 1 if request.guidance_at(t) == 1 else 2
-        spent += halves * (1 if t in full or halves > before else reused)  # one in which guidance begins is full, too
-        before = halves
-    return spent
+    return sum(n * halves * (1 if whole else reused) for (halves, whole), n in steps_of(request, timesteps).items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

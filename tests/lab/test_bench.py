@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet3DConditionModel
 from torch.autograd import DeviceType
 
+from beyond.fast import FAST
 from lab.bench import scale, step, unet, video
 from lab.bench.__main__ import BENCHMARKS
 from lab.bench.parts import Parts, seconds_by_limit, unfilled
@@ -97,7 +98,7 @@ def small(monkeypatch):
     ceilings = {"matmul": 1e9, "convolution": 1e9, "triad": 1e9}
     monkeypatch.setattr(unet, "ceilings", lambda *place: ceilings)
     monkeypatch.setattr(step, "ceilings", lambda *place: ceilings)
-    for module in (unet, scale, video):
+    for module in (unet, scale):
         monkeypatch.setattr(module, "arithmetic", lambda *place: 1e9)
 
 
@@ -112,13 +113,22 @@ def test_video(small, run, monkeypatch):
         UNet3DConditionModel, sample_size=32, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
         cross_attention_dim=32, attention_head_dim=8)
-    monkeypatch.setattr(video, "PEERS", {"ModelScope (3-D UNet)": (peer, (2, 77, 32))})
+    monkeypatch.setattr(video, "PEERS", {"ModelScope": (peer, (2, 77, 32))})
     monkeypatch.setattr(video, "unet_input", lambda device, dtype, h, w, batch: unet.unet_input(
         device, dtype, h // 4, w // 4, batch))
     done = run("lab.bench", "video", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    assert "2 guided steps of 16 frames of 256x256, float32" in done.stdout and "extrapolated" in done.stdout
-    assert all(done.stdout.count(f"ours ({name})") == 2 for name in LAYOUTS)  # seconds a step, and frames a second
+    kinds, videos = done.stdout.split("a video: ")
+    assert "a step of 16 frames of 256x256, cpu, float32" in kinds and "grid, one half, reused features" in kinds
+    lines = kinds[kinds.index("a step of"):].splitlines()[1:] + videos.splitlines()[1:]
+    seconds = {line[2:43].rstrip(): float(line[43:].split()[0]) for line in lines}
+    assert {f"{name}, 50 steps" for name in LAYOUTS} < seconds.keys()
+    assert seconds["ModelScope, 20 steps"] == pytest.approx(0.02 * seconds["ModelScope, both halves"], abs=0.006)
+    said = {(2, True): "both halves", (2, False): "both halves, reused features", (1, True): "one half",
+            (1, False): "one half, reused features"}
+    counts = video.steps_of(video.rows()["--fast, all of it"][1])
+    expected = sum(n * seconds[f"pooled, {said[kind]}"] for kind, n in counts.items()) / 1000
+    assert sum(counts.values()) == FAST["steps"] and seconds["--fast, all of it"] == pytest.approx(expected, abs=0.006)
 
 
 def test_step_takes_options_of_a_config(small, run):
