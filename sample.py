@@ -17,11 +17,11 @@ import sd
 from beyond.fast import DPM, FAST, Reuse, StochasticDPM, check_sampling, fast_settings, pooling_pays, rescaled
 from beyond.frames import Known, check_keys, check_known, contexts_at, read_keys, window_length, windows
 from cli import option
-from clips.given import Given, read_prompts, settings_like, settings_of
-from clips.write import Kept, claim_paths, playback_fps, write_video
+from clips.gallery import claim_outputs, is_gallery
+from clips.given import Given, load_model, read_prompts, settings_like, settings_of
+from clips.write import Kept, playback_fps, write_video
 from grid import fold, grid_shape, unfold
-from sd.device import at_work, check_memory, has_room, pick_device, pick_dtype, require_finite
-from sd.lora import read_lora
+from sd.device import at_work, check_memory, require_finite
 from sd.vae import decode, encode
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,6 +354,15 @@ class Options(Given, Request):
     """A request, and what else the command line takes."""
 
 
+def prepare(options: Options, model: sd.Model) -> Request:
+    """What options and their files ask of a model, resolved. A fast one may change its layout. Raises ValueError."""
+    asked = {f.name: getattr(options, f.name) for f in fields(Request)} | options.read_files(model.settings)
+    request = Request(**asked).resolve(model)
+    if request.fast and pooling_pays(model, request.size):
+        model.use_layout("pooled")
+    return request
+
+
 def main():
     options = cli.parse(Options, __doc__)
     if options.like:
@@ -362,37 +371,27 @@ def main():
         options.prompt += read_prompts(options.prompts)
     replace(options, seed=options.seed + options.num - 1).check()
     options.check_files()
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
     names = [(prompt, options.seed + n) for prompt in options.prompt or options.texts[:1] for n in range(options.num)]
-    with claim_paths(options.out, names, options.frames == 1):  # now, not after a model is loaded
+    with claim_outputs(options.out, names, options.frames == 1):  # now, not after a model is loaded
         pass
-    model = sd.load(options.ckpt or SHIPPED, "cpu", dtype, options.prediction or None,
-                    layout=options.layout or None, motion=options.motion or None, lora=map(read_lora, options.lora))
-    if has_room(device, model.parts().values()):
-        model.to(device)
-    asked = {f.name: getattr(options, f.name) for f in fields(Request)} | options.read_files(model.settings)
-    request = Request(**asked).resolve(model)
+    model, device, dtype = load_model(options, SHIPPED)
+    request = prepare(options, model)
     if request.fast:
-        if pooling_pays(model, request.size):
-            model.use_layout("pooled")
-        chosen = (f"{name} {getattr(request, name)}" for name in FAST)
-        print("fast:", ", ".join([*chosen, f"layout {model.settings.layout}"]), file=sys.stderr)
-    for text in model.unseen(request):
+        chosen = (f"{name} {getattr(request, name)}," for name in FAST)
+        print("fast:", *chosen, "layout", model.settings.layout, file=sys.stderr)
+    for text in model.unseen(request) + model.cut_off(request):
         cli.warn(text)
-    for cut in filter(None, model.text.tokenize([*request.texts, request.negative])[1]):
-        cli.warn(f"the prompt is longer than the text tower reads; cut off: {cut[:200]!r}{' ...' * (len(cut) > 200)}")
     print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
     told = settings_of(request, options, model.settings.layout, SHIPPED)
     steps = len(names) * request.steps * len(request.windows(model))
-    with (claim_paths(options.out, names, request.frames == 1) as paths,
+    with (claim_outputs(options.out, names, request.frames == 1) as paths,
           tqdm(total=steps, unit="step", desc="sample", file=sys.stderr) as bar):
         for (prompt, seed), path in zip(names, paths):
             one = replace(request, prompt=(prompt,) if request.prompt else (), seed=seed)
             made = Kept(stream(model, one, progress=lambda *_: bar.update(), device=device))
             write_video(path, made, playback_fps(request.fps), told | {"prompt": "".join(one.prompt), "seed": seed})
             made.tell(path)
-    print(*paths, sep="\n")
+    print(*[options.out] if is_gallery(options.out) else paths, sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 import cli
+import sd
 from cli import option
 from clips.decode import Bad, frames_at, opened, require_file
 from clips.pictures import View, cover, fit_frame, fit_loaded, load_image, upright_size
 from clips.write import read_metadata
-from sd.device import DTYPES
+from sd.device import DTYPES, has_room, pick_device, pick_dtype
+from sd.lora import read_lora
 from sd.settings import LAYOUTS
 from sd.sources import is_repository
 
@@ -48,8 +50,8 @@ class Given:
                          "repository", metavar="FILE")
     lora: tuple[str, ...] = option((), "a LoRA to add to the weights, and how much of it; may be given several times",
                                    repeat=True, metavar="FILE[:SCALE]")
-    out: str = option("out/", "a .mp4, .gif or .png (contact sheet) file, numbered when there are several videos, or a "
-                      "folder", metavar="PATH")
+    out: str = option("out/", "a .mp4, .gif or .png (contact sheet) file, numbered when there are several videos; a "
+                      "folder; or a .html page that holds them all", metavar="PATH")
     device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
     dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
                         choices=DTYPES)
@@ -110,6 +112,20 @@ class Given:
         for line in told:
             print(line, file=sys.stderr)
         return {"known": known, "frames": frames, "overlap": overlap}
+
+
+def load_model(o: Given, shipped: str):
+    """The model of the options -> (sd.Model, device to work on, dtype): on the device already where it has room.
+
+    shipped  the model when none is named
+    """
+    device = pick_device(o.device)
+    dtype = pick_dtype(o.dtype, device)
+    model = sd.load(o.ckpt or shipped, "cpu", dtype, o.prediction or None, layout=o.layout or None,
+                    motion=o.motion or None, lora=map(read_lora, o.lora))
+    if has_room(device, model.parts().values()):
+        model.to(device)
+    return model, device, dtype
 
 
 # ---------------------------------------------------------------------------------------------------------------------

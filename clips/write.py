@@ -96,10 +96,14 @@ class Kept:
 
 
 def read_metadata(path: str) -> dict:
-    """The metadata of a file that `write_video` made. Raises ValueError where there are none."""
+    """The metadata of a file that `write_video` made, or of a .json file of them. Raises ValueError where there are
+    none."""
     try:
         require_file(path)
-        if os.path.splitext(path)[1].lower() == ".mp4":
+        kind = os.path.splitext(path)[1].lower()
+        if kind == ".json":
+            comment = Path(path).read_text(encoding="utf-8")
+        elif kind == ".mp4":
             with open_container(path) as file:
                 comment = file.metadata.get("comment")
         else:
@@ -143,13 +147,13 @@ def contact_sheet(video: np.ndarray, cols: int | None = None, gap=2) -> np.ndarr
 def claim_paths(out: str, videos: list[tuple[str, int]], still: bool):
     """Context manager: a free path for each video, a (prompt, seed), which other processes are kept off meanwhile.
 
-    out  a folder; or the name of a file, which gets numbers where there are several videos
+    out  a folder; or the name of a file, which gets numbers where there are several videos, or of a gallery (.html)
 
     Raises ValueError or OSError when a file is there already or cannot be written. No new folder is left empty.
     """
     stem, kind = (out, "") if os.path.isdir(out) else os.path.splitext(out)
-    if kind and kind.lower() not in WRITERS:
-        raise ValueError(f"out must be a folder, or end in {', '.join(WRITERS)}, got {out!r}; "
+    if kind and kind.lower() not in (*WRITERS, ".html"):
+        raise ValueError(f"out must be a folder, or end in {', '.join(WRITERS)}, .html, got {out!r}; "
                          "a new folder with a dot in its name must end in /")
     digits = max(3, len(str(len(videos) - 1)))  # sorted by name, files are in the order of the prompts
     new = [folder for folder in Path(out, "" if kind else "video").parents if not os.path.exists(folder)]

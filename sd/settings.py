@@ -145,6 +145,11 @@ class Model:
                         f"not {frames} of {request.size[0]}x{request.size[1]}")
         return told
 
+    def cut_off(self, request) -> list[str]:
+        """What the text tower does not read of the prompts of a request, in a sentence each."""
+        return [f"the prompt is longer than the text tower reads; cut off: {cut[:200]!r}{' ...' * (len(cut) > 200)}"
+                for cut in self.text.tokenize([*request.texts, request.negative])[1] if cut]
+
 
 def build(config: ModelConfig, settings: Settings) -> Model:
     """A model with fresh random weights. Raises ValueError on settings or widths that cannot be, or do not fit."""

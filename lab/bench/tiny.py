@@ -23,8 +23,7 @@ import json, time
 began = time.perf_counter()
 import sample
 clock = [time.perf_counter()]
-device = sample.pick_device()
-model = sample.sd.load(sample.SHIPPED, device, sample.pick_dtype("auto", device))
+model, *_ = sample.load_model(sample.Options(), sample.SHIPPED)
 clock.append(time.perf_counter())
 def step(i, *rest):
     if i in (0, 49): clock.append(time.perf_counter())

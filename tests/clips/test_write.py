@@ -144,7 +144,7 @@ def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
         with claim_paths(f"{tmp_path}/{out}", [("a cat", 3)], True) as paths:
             assert paths == [f"{tmp_path}/{out.rstrip('/')}/a-cat-seed3.png"]
     for out in ("clip.webp", "v1.6"):
-        with pytest.raises(ValueError, match=r"end in \.mp4, \.gif, \.png, got .* a new folder with a dot"):
+        with pytest.raises(ValueError, match=r"end in \.mp4, \.gif, \.png, \.html, got .* a new folder with a dot"):
             claim_paths(str(tmp_path / out), [("a cat", 3)], True).__enter__()
 
 
