@@ -34,6 +34,7 @@ from training.checkpoints import claimed, load_run, newest_whole, save_run
 from training.config import Config, read_config
 from training.dry_run import dry_run
 from training.log import Log, commit, stamped
+from training.low_rank import save_lora
 from training.offload import OffloadAdamW
 from training.ranks import Interrupt, Ranks
 from training.setup import check_inputs, loss_of, make_model, make_ready, open_clips
@@ -323,8 +324,9 @@ def show(cfg: Config, ranks: Ranks, task, optimizer: OffloadAdamW, log: Log, ste
         if cfg.validation:
             log.validation(step, validate(cfg, ranks, task))
         model = stamped(task.snapshot(), cfg, step)
-        with in_host_memory, ranks.patient("model.safetensors"):
-            sd.save(model, os.path.join(cfg.out_dir, "model.safetensors"))
+        name, save = ("lora.safetensors", save_lora) if cfg.lora_rank else ("model.safetensors", sd.save)
+        with in_host_memory, ranks.patient(name):
+            save(model, os.path.join(cfg.out_dir, name))
         frames = task.sheet(model)
         if frames is not None:
             write_video(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), frames, 1, {"step": step})

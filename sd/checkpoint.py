@@ -43,19 +43,23 @@ def model_tensors(model: Model) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save(model: Model, path: str):
-    """Write the model as one file, beside `path` and then renamed into place, so that it is never half there."""
+def header(model: Model) -> dict[str, str]:
+    """What a file of the model tells beside its tensors."""
     configs = {part: module.cfg for part, module in model.parts().items()}
-    header = asdict(model.settings) | {
+    told = asdict(model.settings) | {
         "text_pad_id": model.text.cfg.pad_id,
         "mixed_embedding": model.unet.cfg.mixed_embedding,
         "fps_embedding": model.unet.cfg.fps_embedding,
         "architecture": {p: {k: getattr(configs[p], k) for k in names} for p, names in SHAPELESS.items()},
     }
+    return {"format": "pt", "etc": json.dumps(told), "modelspec.prediction_type": model.settings.prediction,
+            "modelspec.resolution": f"{model.settings.width}x{model.settings.height}"}
+
+
+def save(model: Model, path: str):
+    """Write the model as one file, beside `path` and then renamed into place, so that it is never half there."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model_tensors(model).items()}
-    write_tensors(tensors, path, {
-        "format": "pt", "etc": json.dumps(header), "modelspec.prediction_type": model.settings.prediction,
-        "modelspec.resolution": f"{model.settings.width}x{model.settings.height}"})
+    write_tensors(tensors, path, header(model))
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: str, metadata: dict[str, str] | None = None):

@@ -12,11 +12,13 @@ from dataclasses import replace
 
 import torch
 
-from cli import one_line
+from cli import one_line, warn
+from model import UNet
 from sd.files import Opened, open_weights
 from sd.motion import motion_names
 from sd.names import parameters, text_parameters, unet_layers
-from sd.settings import Model
+from sd.settings import Model, Settings
+from sd.sources import own_settings
 
 ENDS = {  # how the name of a tensor ends, behind that of its layer
     "down": r"([._]lora(_linear_layer)?[._]down|\.lora_A(\.default)?)\.weight",
@@ -28,6 +30,7 @@ OTHERS = {  # changes of other kinds
     r"\.lora_mid\.": "a LoCon in Tucker's form", r"\.oft_": "an OFT", r"\.on_input$": "an IA3",
     r"\.diff(_b)?$|\.lora_[AB]\.bias$": "a LoRA with whole weights or biases beside it",
 }
+TRAINED = ("frames", "width", "height", "fps", "fps_trained", "guidance", "eta", "grid_trained", "given_trained")
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out_0": "out_proj"}
 
 
@@ -41,7 +44,7 @@ def merge_lora(model: Model, path: str, scale: float = 1.0):
     if not math.isfinite(scale):
         raise ValueError(f"the scale of {path} must be a finite number, got {scale}")
     file, places, pairs = open_weights(path), targets(model), []
-    alpha_of = told_alphas(path, file, places)
+    alpha_of, settings = told_alphas(path, file, places), trained_as(path, file, model.settings)
     for (part, parameter, i, n), names in by_layer(path, file, places).items():  # nothing is added before all fits
         weight = model.parts()[part].get_parameter(parameter).data.chunk(n)[i]
         down, up = (file.shapes[names[end]] for end in ("down", "up"))
@@ -61,9 +64,9 @@ def merge_lora(model: Model, path: str, scale: float = 1.0):
         if not change.isfinite().all():
             raise ValueError(f"{path}: {names['down']} or {names['up']} holds NaN or infinity: the file is damaged")
         weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + change.to(weight.device))
-    origin = model.settings.origin
+    origin = settings.origin
     merged = [*origin.get("lora", ()), {"from": os.path.basename(path), "scale": scale}]
-    model.settings = replace(model.settings, origin=origin | {"lora": merged})
+    model.settings = replace(settings, origin=origin | {"lora": merged})
 
 
 def by_layer(path: str, file: Opened, places) -> dict[tuple, dict[str, str]]:
@@ -91,16 +94,22 @@ def by_layer(path: str, file: Opened, places) -> dict[tuple, dict[str, str]]:
 
 def targets(model: Model) -> dict[str, tuple[str, str, int, int]]:
     """{layer, see `flat`: (part, parameter, i, n)}: its weight is the i-th of the n pieces of that parameter."""
-    cfg, places, ours = model.unet.cfg, {}, model.unet.state_dict()
-    layers = parameters(unet_layers(len(cfg.channel_mult), cfg.num_res_blocks), "")
-    names = {parameter: (*theirs, parameter) for parameter, theirs in layers.items()} | motion_names(cfg)
-    for parameter, spellings in names.items():
-        if parameter in ours:
-            places |= {flat("unet." + name.removesuffix(".weight")): ("unet", parameter, 0, 1) for name in spellings}
+    places = {}
+    for parameter, spellings in unet_names(model.unet).items():
+        places |= {flat("unet." + name.removesuffix(".weight")): ("unet", parameter, 0, 1) for name in spellings}
     for parameter, pieces in text_parameters(model.text.cfg.layers, "text_encoder.").items():
         for i, name in enumerate(pieces):
             places[flat(name.removesuffix(".weight"))] = "text", parameter, i, len(pieces)
     return places
+
+
+def unet_names(unet: UNet) -> dict[str, tuple[str, ...]]:
+    """{a UNet's parameter: its names in files, diffusers' first}."""
+    cfg, ours = unet.cfg, unet.state_dict()
+    layers = parameters(unet_layers(len(cfg.channel_mult), cfg.num_res_blocks), "")
+    names = {parameter: (*theirs, parameter) for parameter, theirs in layers.items()}
+    names |= {parameter: spellings[::-1] for parameter, spellings in motion_names(cfg).items()}
+    return {parameter: spellings for parameter, spellings in names.items() if parameter in ours}
 
 
 def flat(layer: str) -> str:
@@ -131,6 +140,21 @@ def told_alphas(path: str, file: Opened, places):
         return rank if value is None else value * (math.sqrt(rank) if part in rooted else 1)
 
     return alpha
+
+
+def trained_as(path: str, file: Opened, settings: Settings) -> Settings:
+    """The settings with what a LoRA of ours was trained on; those of others do not tell. Raises ValueError."""
+    if "etc" not in file.metadata:
+        return settings
+    told, _ = own_settings(path, file.metadata["etc"])
+    try:
+        told.check()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    for name in ("prediction", "layout"):
+        if getattr(told, name) != getattr(settings, name):
+            warn(f"{path} was trained with {name} {getattr(told, name)!r}, not {getattr(settings, name)!r}")
+    return replace(settings, **{name: getattr(told, name) for name in TRAINED})
 
 
 def read_lora(text: str) -> tuple[str, float]:

@@ -20,6 +20,7 @@ from sd.device import size_of
 from sd.presets import ModelConfig
 from sd.vae import encode_frames
 from training.config import Config
+from training.low_rank import add_low_rank
 from training.setup import architecture, loss_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +130,8 @@ def setting(cfg: Config, example, shape: ModelConfig):
     """
     model = build(shape, Settings(prediction="v", layout=cfg.layout or "grid", layout_options=cfg.layout_options))
     model.check_size(cfg.width, cfg.height, cfg.frames if cfg.train == "unet" else 1)
+    if cfg.lora_rank:
+        add_low_rank(model.unet, cfg.lora_rank)
     module, batch = example(cfg, model)
     live = cfg.train == "unet" and not cfg.encoded
     return module, batch, model.vae.requires_grad_(False) if live else None

@@ -26,6 +26,8 @@ class Config:
     layout: str = option("", "how the tokens of a clip meet; without, what the checkpoint says, or grid",
                          choices=("", *LAYOUTS))
     layout_options: dict = option({}, "of the layout, where it is chosen here, like {'positions': 256}")
+    lora_rank: int = option(0, "train changes of this rank to the weights of the UNet's attention, which stay as they "
+                            "are with all else; 0 trains all", low=0)
     train_text: bool = option(False, "train the text tower too; Stable Diffusion keeps it frozen")
     mixed_embedding: bool = option(True, "off for ablations")
     fps_embedding: bool = option(True, "off for ablations")
@@ -181,6 +183,11 @@ def check_config(cfg: Config):
         raise ValueError(f"betas must be < 1, got {cfg.betas}")
     if not cfg.timesteps[0] < cfg.timesteps[1]:
         raise ValueError(f"timesteps must be a range [first, last) with first < last, got {cfg.timesteps}")
+    if cfg.lora_rank and (cfg.train_text or cfg.train == "vae"):
+        other = "train_text" if cfg.train_text else 'train = "vae"'
+        raise ValueError(f"lora_rank and {other} do not go together: it is of the UNet, and all else stays as it is")
+    if cfg.lora_rank and not cfg.init:
+        raise ValueError("lora_rank needs init: the model that it is a change of")
     grid_shape(cfg.frames)
     if cfg.given_share and cfg.frames == 1:
         raise ValueError("given_share needs frames > 1: of one frame nothing can be given")

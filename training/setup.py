@@ -18,6 +18,7 @@ from sd.device import precision
 from sd.presets import PRESETS, ModelConfig
 from sd.sources import is_repository
 from training.config import Config, portable
+from training.low_rank import add_low_rank
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -48,6 +49,11 @@ def make_model(cfg: Config) -> Model:
         given_trained=settings.given_trained or cfg.train == "unet" and cfg.given_share > 0)
     NoiseSchedule(model.settings)  # raises where they do not go together
     model.check_size(cfg.width, cfg.height, cfg.frames if cfg.train == "unet" else 1)
+    if cfg.lora_rank:
+        if model.unet.layout.per_frame and not settings.grid_trained:
+            raise ValueError(f"lora_rank needs layers over time that were trained: those of layout {settings.layout!r} "
+                             "are fresh here, and would stay so. Train them first, without lora_rank")
+        add_low_rank(model.unet, cfg.lora_rank)
     return model
 
 

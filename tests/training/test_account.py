@@ -96,7 +96,8 @@ def allocated(work) -> int:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"dtype": "bfloat16", "checkpointing": True}, {"train_text": False}, {"train": "vae"}], ids=str)
+    {}, {"dtype": "bfloat16", "checkpointing": True}, {"train_text": False}, {"train": "vae"},
+    {"train_text": False, "lora_rank": 8}], ids=str)
 def test_memory_is_what_a_real_step_allocates(options):
     cfg = read_config([f"{ROOT}/configs/ci.py", "--frames=9", "--width=64", "--height=64", "--batch_size=2"])
     cfg = dataclasses.replace(cfg, **options)
