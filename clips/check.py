@@ -23,7 +23,7 @@ from clips.samples import SOURCES, Spec, offered_fps
 
 def check(source: str, path: str, spec: Spec):
     """Print how many files of a list cannot be used and why, and write a line about each of them beside the list."""
-    items, reasons, seen = Items(source, path), Counter(), {}
+    items, reasons, seen = Items(source, path, spec.captions), Counter(), {}
     out = os.path.join(items.folder, os.path.basename(os.path.abspath(path)) + ".check.jsonl")
     with (beside(out) as part, open(part, "w", encoding="utf-8") as file,
           in_threads(lambda i: check_item(items, i, spec), range(len(items))) as results):
@@ -87,11 +87,12 @@ class Options:
     list: str = option(None, "the list, or folder, that training will read", positional=True)
     source: str = option("video", "what is in it", choices=SOURCES)
     frames: int = option(16, "frames of a clip: a video that has fewer is too short", low=1)
+    captions: str = option("", "from_names: without any, the name of the file", choices=("", "from_names"))
 
 
 def main():
     options = parse(Options, __doc__)
-    check(options.source, options.list, Spec(options.frames, 64, 64))
+    check(options.source, options.list, Spec(options.frames, 64, 64, captions=options.captions))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A video file -> the frames that are on screen at given times, by libav.
+"""A video file or an animated picture -> the frames that are on screen at given times.
 
     with opened("clip.mp4") as video:
         frames = frames_at(video, [0.0, 0.5, 1.0])
@@ -13,21 +13,25 @@ import os
 import re
 import stat
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import av
+import numpy as np
+from PIL import Image
 
 VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
-VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".wmv",
-                 ".3gp", ".ogv", ".mts", ".m2ts")
+PICTURE_ENDINGS = (".gif", ".webp", ".png", ".apng")  # what may be animated, or be a still
+VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp",
+                 ".ogv", ".mts", ".m2ts", *PICTURE_ENDINGS)
 
 TIME_LIMIT = 30  # seconds to open a file, and to decode the frames of a clip
 BYTE_LIMIT = 1 << 29  # of a clip, compressed
 PIXEL_LIMIT = 1 << 26  # of a frame
 RATE_LIMIT, DURATION_LIMIT = 250, 1e6  # frames a second and seconds; above, a header tells of its clock, not of frames
 # containers that hold their own video: a playlist among downloaded files could name any other file, or a URL
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,flv,asf,ogg,m4v,h264,hevc,ivf,mjpeg"
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,m4v,h264,hevc,ivf,mjpeg"
 # codecs in which a packet is a frame, so that packets can be left out; one of AV1 may show an earlier packet's frame
 SKIPPING = ("h264", "hevc", "mpeg4", "mpeg2video")
 SEEING_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders leave transparency out
@@ -55,6 +59,9 @@ def opened(path: str):
     """Context manager: open the video in a file, decoded by one thread. Whatever is wrong with it becomes a Bad."""
     require_file(path)
     try:
+        if picture_kind(path):
+            yield Animation(path)
+            return
         with open_container(path) as container:
             stream = video_stream(container)
             context = stream.codec_context
@@ -70,9 +77,9 @@ def opened(path: str):
         raise Bad((error.strerror or type(error).__name__).lower()) from error
 
 
-def open_container(path: str) -> av.container.InputContainer:
+def open_container(path: str, formats=FORMATS, **options: str) -> av.container.InputContainer:
     """Open a file that is no playlist."""
-    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    options |= {"format_whitelist": formats, "protocol_whitelist": "file"}
     return av.open(path, container_options=options, metadata_errors="replace", timeout=TIME_LIMIT)
 
 
@@ -133,7 +140,7 @@ def usable_fps(rate: float, duration: float, T: int, values=VIDEO_FPS) -> list[i
     return [f for f in values if f <= 1.01 * rate and (T - 1) / f < duration]
 
 
-def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
+def frames_at(video, times, back=0.0) -> list[av.VideoFrame]:
     """The frames on screen at the given times: seconds from the start of the video, in rising order.
 
     All packets are read before any is decoded, so that it is known which of them hold a wanted frame. The others are
@@ -141,6 +148,8 @@ def frames_at(video: Video, times, back=0.0) -> list[av.VideoFrame]:
 
     back  how many seconds before the first time to look for a keyframe
     """
+    if isinstance(video, Animation):
+        return video.frames_at(times)
     stream, context, deadline = video.stream, video.decoder, time.monotonic() + TIME_LIMIT
     context.flush_buffers()
     ticks = [math.floor((video.start + t + 1e-6) / stream.time_base) for t in times]
@@ -193,3 +202,101 @@ def read_packets(stream, last: float, deadline: float):
             raise Bad("too large")
         if packet.dts is not None and packet.dts > last:  # shown no earlier than decoded
             break
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Animated pictures
+
+SHORTEST, INSTEAD = 0.011, 0.1  # seconds: a frame that says it is shorter is shown so long, as by browsers
+
+
+class Animation:
+    """An animated GIF, PNG or WebP, with what `Video` tells of itself. It is not looped. Raises Bad.
+
+    libav draws GIF and PNG: Pillow pastes half transparent parts of a PNG as if they were fainter. Pillow draws WebP,
+    whose animations libav cannot read. A frame is what the ones before it left, so each reading begins with the first.
+    """
+
+    start, aspect = 0.0, 1.0
+
+    def __init__(self, path: str):
+        self.path, self.shown = path, webp_frames if picture_kind(path) == "webp" else libav_frames
+        self.ends = list(accumulate(INSTEAD if seconds < SHORTEST else seconds for seconds, _ in self.frames(False)))
+        if len(self.ends) < 2:
+            raise Bad("a still picture, no video")
+        self.duration, self.rate = self.ends[-1], len(self.ends) / self.ends[-1]
+        if self.duration > DURATION_LIMIT:
+            raise Bad("absurd duration")
+
+    def frames(self, drawn=True):
+        """Yield (seconds, frame), of which the frame is missing where it need not be drawn."""
+        deadline = time.monotonic() + TIME_LIMIT
+        with closing(self.shown(self.path, drawn)) as found:
+            for pair in found:
+                yield pair
+                if time.monotonic() > deadline:
+                    raise Bad(f"took more than {TIME_LIMIT} s")
+
+    def frames_at(self, times) -> list[av.VideoFrame]:
+        numbers, frames = [bisect.bisect_right(self.ends, t + 1e-6) for t in times], {}
+        with closing(self.frames()) as shown:
+            for n, (_, frame) in enumerate(shown):
+                if n in numbers:
+                    frames[n] = frame
+                if n >= numbers[-1]:
+                    break
+        if numbers[-1] not in frames:
+            raise Bad("ends early")
+        return [frames[n] for n in numbers]
+
+
+def picture_kind(path: str) -> str:
+    """gif, png or webp, by the first bytes of a file; "" for what is none of them."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    kinds = {"gif": head[:4] == b"GIF8", "png": head[:8] == b"\x89PNG\r\n\x1a\n",
+             "webp": (head[:4], head[8:]) == (b"RIFF", b"WEBP")}
+    return next(filter(kinds.get, kinds), "")
+
+
+def is_still(path: str) -> bool:
+    """Whether a file is a picture that does not move. False for one that is damaged, or no picture."""
+    try:
+        require_file(path)
+        with Image.open(path, formats=("GIF", "JPEG", "PNG", "WEBP")) as image:
+            return not getattr(image, "is_animated", False)
+    except Exception:  # Pillow raises anything on damaged bytes
+        return False
+
+
+def libav_frames(path: str, drawn: bool):
+    """Yield (seconds, frame) of a GIF or an animated PNG."""
+    with open_container(path, "gif,apng", **({"default_fps": "10"} if picture_kind(path) == "png" else {})) as file:
+        stream = video_stream(file)
+        context = stream.codec_context
+        if not 0 < context.width * context.height <= PIXEL_LIMIT:
+            raise Bad("absurd size")
+        context.thread_count, context.thread_type = 1, "NONE"
+        for packet in file.demux(stream):
+            seconds = float((packet.duration or 0) * stream.time_base)
+            for frame in context.decode(packet) if drawn else [None] * bool(packet.size):
+                if frame and frame.is_corrupt:
+                    raise Bad("damaged")
+                yield seconds, frame
+
+
+def webp_frames(path: str, drawn: bool):
+    """Yield (seconds, frame) of a WebP."""
+    try:
+        with Image.open(path, formats=("WEBP",)) as image:
+            if not 0 < image.width * image.height <= PIXEL_LIMIT:
+                raise Bad("absurd size")
+            for n in range(image.n_frames):
+                image.seek(n)
+                image.load()  # it does not know how long before
+                frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGBA")), format="rgba") if drawn else None
+                yield image.info["duration"] / 1000, frame
+    except Bad:
+        raise
+    except Exception as error:
+        raise Bad("damaged") from error

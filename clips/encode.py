@@ -43,7 +43,7 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
     """
     if not update:
         require_absent(out)
-    sources, part, reasons = [Items(source, path) for source, path in lists.items()], out + ".part", Counter()
+    sources, part, reasons = [Items(*named, spec.captions) for named in lists.items()], out + ".part", Counter()
     made = {items.source: made_from(items) for items in sources}
     origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype), "vae": fingerprint(model.vae)}
     origin |= {"tower": fingerprint(model.text)} if text else {}
@@ -228,6 +228,8 @@ class Options:
     draws: int = option(16, "samples of a label", low=1, high=1000)
     random_crop: bool = option(False, "crop frames at random instead of in the middle")
     flip: bool = option(False, "mirror half of the samples, but none whose caption may mention a side")
+    background: str = option("white", "color that shows through what is transparent, like white or #ffcc00")
+    captions: str = option("", "from_names: without any, the name of the file", choices=("", "from_names"))
     text: bool = option(False, "store the contexts of captions too, for training with a frozen text tower")
     dtype: str = option("float16", "precision of what is stored", choices=("float16", "float32"))
     seed: int = option(0, "seed of crops, starts and captions", low=0)
@@ -260,9 +262,9 @@ def main():
             return
     for path in lists.values():
         os.stat(path)  # now, not after a model is loaded
+    spec = Spec(o.frames, *o.size, o.fps, o.starts, o.draws, o.random_crop, o.flip, o.background, o.captions, o.seed)
     model = sd.load(o.ckpt, pick_device(o.device))
     model.check_size(*o.size, o.frames)
-    spec = Spec(o.frames, *o.size, o.fps, o.starts, o.draws, o.random_crop, o.flip, o.seed)
     encode(model, lists, out, spec, text=o.text, dtype=getattr(torch, o.dtype), update=o.update)
 
 

@@ -122,7 +122,7 @@ class EncodedClips:
             then = self.made(source)
             if then is None:
                 return None
-            counts.update(compared(then, made_from(Items(source, path))))
+            counts.update(compared(then, made_from(Items(source, path, self.spec.captions))))
         return counts
 
 

@@ -34,9 +34,9 @@ INVERSE_TEMPERATURE = 1 / 0.07  # the paper's ε
 BATCH = 16  # clips scored together
 
 
-def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int):
+def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int, captions=""):
     """Score the clips of a list by `count` frames each, and write a list of the best: `keep` is their share of all."""
-    items, stem = Items("video", path), os.path.abspath(path)
+    items, stem = Items("video", path, captions), os.path.abspath(path)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the others
@@ -187,11 +187,12 @@ class Options:
     model: str = option("ViT-H-14", "CLIP model, by its name in open_clip")
     pretrained: str = option("laion2b_s32b_b79k", "its weights, by their name in open_clip, or a file")
     frames: int = option(4, "frames of a clip that are scored", low=1)
+    captions: str = option("", "from_names: without any, the name of the file", choices=("", "from_names"))
 
 
 def main():
     o = parse(Options, __doc__)
-    clip_filter(o.list, o.keep, o.model, o.pretrained, o.frames)
+    clip_filter(o.list, o.keep, o.model, o.pretrained, o.frames, o.captions)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A list of clips or captioned images is a CSV file (WebVid's, or with the columns
 ({"path": ..., "caption": ...}), MSR-VTT's json, or a folder of `name.mp4` + `name.txt`. A list of labels is a folder
 with a folder of images for each label, or a file of such folders and their names. A list may have millions of lines:
 only their places are kept in memory, and an item is parsed when it is asked for.
+
+Where a clip has no caption, its name can be one: `a_red-panda.gif` shows "a red panda".
 """
 
 import codecs
@@ -19,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cli import MARKS, read_json, read_text
-from clips.decode import VIDEO_ENDINGS, Bad
+from cli import MARKS, read_json, read_text, warn
+from clips.decode import PICTURE_ENDINGS, VIDEO_ENDINGS, Bad, is_still
 from clips.pictures import IMAGE_ENDINGS
 
 # what columns may be called: here, by WebVid, by the paper's captioned images, and in Hugging Face's folders
@@ -43,10 +45,12 @@ class Items:
 
     Relative paths start at the list's own folder, and must stay in it. Raises ValueError when the list cannot be read,
     is empty, or its first item is not of a known form.
+
+    captions  "from_names": the name of its file is the caption of what has no other
     """
 
-    def __init__(self, source: str, path: str):
-        self.source, self.path = source, path
+    def __init__(self, source: str, path: str, captions=""):
+        self.source, self.path, self.captions = source, path, captions
         self.folder = path if os.path.isdir(path) else os.path.dirname(path)
         self.csv = source != "label" and path.lower().endswith(".csv") and os.path.isfile(path)
         self.first, self.header = int(self.csv), None  # item 0 comes after the header
@@ -73,13 +77,14 @@ class Items:
         fields = self.fields(i)
         path = self.file(fields)
         captions = next((fields[name] for name in CAPTIONS if fields.get(name)), None)
-        captions = captions or text_beside(path)
+        captions = captions or text_beside(path) or (text_in_name(path) if self.captions else "")
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not all(map(is_text, captions)):
             raise Bad("its caption is not text")
         captions = tuple(" ".join(caption.split()) for caption in captions if caption.strip())
         if not captions:
-            raise Bad(f"no caption: neither in {', '.join(CAPTIONS)} nor in a .txt beside it")
+            raise Bad(f"no caption: neither in {', '.join(CAPTIONS)} nor in a .txt beside it; captions=from_names "
+                      "would take names of files")
         return Item(captions, path)
 
     def name(self, i: int) -> str:
@@ -159,6 +164,21 @@ def text_beside(path: str) -> str:
         raise Bad("its caption cannot be read") from error
 
 
+def text_in_name(path: str) -> str:
+    """The name of a file as a caption: no ending, and spaces for underscores and dashes."""
+    return re.sub("[_-]", " ", os.path.splitext(os.path.basename(path))[0])
+
+
+def moving(folder: str, names: list[str]) -> list[str]:
+    """The names without those of still pictures, of which it is told that they are left out."""
+    stills = [name for name in names if name.lower().endswith(PICTURE_ENDINGS) and is_still(os.path.join(folder, name))]
+    if stills:
+        more = ", ..." if len(stills) > 3 else ""
+        warn(f"{len(stills)} still pictures in {folder} are no clips, but can be given as `caption`: "
+             f"{', '.join(stills[:3])}{more}")
+    return [name for name in names if name not in set(stills)]
+
+
 def is_data(name: str, endings=("",)) -> bool:
     """Whether a file or folder is one of a user's own, by its name."""
     return name.lower().endswith(endings) and not BYSTANDER.fullmatch(name)
@@ -198,7 +218,7 @@ def generated_lines(source: str, path: str) -> bytes | None:
                 lines = [{"path": name, "caption": name.replace("_", " ")} for name in names]
             else:
                 names = sorted(entry.name for entry in entries if is_data(entry.name, ENDINGS[source]))
-                lines = [{"path": name} for name in names]
+                lines = [{"path": name} for name in (moving(path, names) if source == "video" else names)]
     elif source == "label":  # "n01440764 tench, Tinca tinca"
         pairs = [line.split(maxsplit=1) for line in io.StringIO(read_text(path), newline=None)]
         lines = [{"path": folder, "caption": [name.strip() for name in ",".join(names).split(",")]}

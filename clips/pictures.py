@@ -1,6 +1,6 @@
 """Frames and image files -> pictures of one size: upright, in RGB, with square pixels, resized and cropped.
 
-What a viewer shows on a white page is what is trained on.
+What a viewer shows on a page, white unless told otherwise, is what is trained on.
 """
 
 import io
@@ -11,12 +11,13 @@ from functools import lru_cache
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageColor, ImageOps
 
 from cli import warn
 from clips.decode import PIXEL_LIMIT, Bad, require_file
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".avif")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".apng", ".jfif",
+                 ".avif")
 # what has such names; for some of what else Pillow knows it starts a program. The last is not in every Pillow
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 UNKNOWN, BT709, HD = 2, 1, 720  # color spaces as libav numbers them; lines of a picture
@@ -24,11 +25,22 @@ UNKNOWN, BT709, HD = 2, 1, 720  # color spaces as libav numbers them; lines of a
 
 @dataclass(frozen=True)
 class View:
-    """Which part of a picture to keep, when it is wider or higher than wanted, and whether to mirror it."""
+    """Which part of a picture to keep, when it is wider or higher than wanted, whether to mirror it, and the color that
+    shows through where it is transparent."""
 
     left: float = 0.5  # share of the surplus that is cut off on the left, in [0, 1)
     top: float = 0.5
     mirror: bool = False
+    background: str = "white"
+
+
+def read_color(text: str) -> tuple[int, int, int]:
+    """The levels of a color, by its name in CSS or as #rrggbb. Raises ValueError."""
+    with suppress(ValueError):
+        levels = ImageColor.getrgb(text)
+        if len(levels) == 3:
+            return levels
+    raise ValueError(f"background must be a color, like white or #ffcc00, got {text!r}")
 
 
 def fit_frame(frame: av.VideoFrame, aspect: float, width: int, height: int, view: View) -> torch.Tensor:
@@ -41,9 +53,9 @@ def fit_frame(frame: av.VideoFrame, aspect: float, width: int, height: int, view
     if frame.colorspace == UNKNOWN and frame.height >= HD:  # as browsers show it; libav takes BT.601
         frame.colorspace = BT709
     if frame.format.has_palette or frame.format.components[-1].is_alpha:
-        rgba = frame.reformat(format="rgba").to_ndarray()
-        missing = (255 - rgba[..., :3]) * rgba[..., 3:].astype(np.uint16)  # of white
-        frame = av.VideoFrame.from_ndarray(255 - ((missing + 127) // 255).astype(np.uint8))
+        colors, alpha = np.split(frame.reformat(format="rgba").to_ndarray().astype(np.uint16), [3], axis=2)
+        whole = colors * alpha + np.array(read_color(view.background), np.uint16) * (255 - alpha)
+        frame = av.VideoFrame.from_ndarray(((whole + 127) // 255).astype(np.uint8))
     pixels = frame.reformat(w, h, "rgb24", interpolation="BICUBIC").to_ndarray()
     return crop(np.rot90(pixels, turn), width, height, view)
 
@@ -57,7 +69,7 @@ def fit_image(path: str, width: int, height: int, view: View) -> torch.Tensor:
 def fit_loaded(image: Image.Image, width: int, height: int, view: View) -> torch.Tensor:
     """An image as `load_image` gives it -> uint8 (3, height, width)."""
     small = image.resize(cover(*image.size, width, height), Image.BICUBIC)  # weighed with alpha, where there is some
-    return crop(np.asarray(on_white(small, image.info.get("icc_profile"))), width, height, view)
+    return crop(np.asarray(opaque(small, image.info.get("icc_profile"), view.background)), width, height, view)
 
 
 def cover(w: float, h: float, width: int, height: int) -> tuple[int, int]:
@@ -126,7 +138,7 @@ def plain(image: Image.Image, box: tuple | None, packing: str | None) -> Image.I
     if key is not None or image.mode in ("P", "PA", "LA", "La", "RGBa"):
         return image.convert("RGBA")
     if image.mode == "CMYK":  # not to be resized as amounts of ink
-        return on_white(image, image.info.pop("icc_profile", None))
+        return opaque(image, image.info.pop("icc_profile", None))
     return image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
 
 
@@ -148,16 +160,16 @@ def gray_of_16_bits(image: Image.Image, key: int | None) -> Image.Image:
     return Image.merge("RGBA", [gray] * 3 + [image.point(np.where(values == key, 0, 255).tolist(), "L")])
 
 
-def on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """L, RGB, RGBA or CMYK, with the color profile of its file -> RGB, as shown on white."""
+def opaque(image: Image.Image, profile: bytes | None, background="white") -> Image.Image:
+    """L, RGB, RGBA or CMYK, with the color profile of its file -> RGB, as shown on a background."""
     mode, to_srgb = transform(profile, image.mode) if profile else ("RGB", None)
     colors = image if image.mode == mode else image.convert(mode)
     colors = to_srgb.apply(colors) if to_srgb else colors
     if image.mode != "RGBA":
         return colors
-    white = Image.new("RGB", image.size, "white")
-    white.paste(colors, mask=image.getchannel("A"))
-    return white
+    page = Image.new("RGB", image.size, read_color(background))
+    page.paste(colors, mask=image.getchannel("A"))
+    return page
 
 
 @lru_cache(32)  # many files share a few profiles, and each transform takes 30 ms to make

@@ -11,14 +11,14 @@ random choice of a sample is a function of (seed, source, item, fps, k), so that
 import os
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from clips.decode import VIDEO_FPS, Bad, Video, frames_at, opened, usable_fps
 from clips.lists import Item, Items, image_names
-from clips.pictures import View, fit_frame, fit_image
+from clips.pictures import View, fit_frame, fit_image, read_color
 
 SOURCES = ("video", "label", "caption")
 LABEL_FPS, CAPTION_FPS = 0, 120
@@ -36,7 +36,12 @@ class Spec:
     draws: int = 1  # samples of a label, of different images
     random_crop: bool = False  # instead of the middle
     flip: bool = False  # mirror half of the samples, but never one whose caption may mention a side
+    background: str = "white"  # the color that shows through where a picture is transparent
+    captions: str = ""  # "from_names": of what has no other
     seed: int = 0
+
+    def __post_init__(self):
+        read_color(self.background)
 
     def repeats(self, source: str) -> int:
         """How many samples an item has at each FPS."""
@@ -60,7 +65,7 @@ class LiveClips:
     """
 
     def __init__(self, lists: dict[str, str], spec: Spec):
-        self.items = {source: Items(source, path) for source, path in lists.items()}
+        self.items = {source: Items(source, path, spec.captions) for source, path in lists.items()}
         self.spec, self.empty_context = spec, None
 
     def count(self, source: str) -> int:
@@ -138,4 +143,5 @@ def draw_view(caption: str, spec: Spec, rng) -> View:
     """A view at random, as far as the spec allows."""
     left, top, mirror = rng.random(3)
     mirror = spec.flip and mirror < 0.5 and not SIDES.search(caption)
-    return View(left, top, mirror) if spec.random_crop else View(mirror=mirror)
+    view = View(left, top, mirror, spec.background)
+    return view if spec.random_crop else replace(view, left=View.left, top=View.top)

@@ -1,7 +1,11 @@
 """Clips for tests, whose frames show their own number; and files that are damaged, or no clips at all."""
 
+import io
 import os
 import random
+import struct
+import zlib
+from dataclasses import dataclass
 from fractions import Fraction
 
 import av
@@ -77,6 +81,95 @@ def record(path, times, tick, start=0):
     if place >= 0:
         data[place : place + 8] = b"\xec\x86" + bytes(6)  # browsers give no default duration of frames
         path.write_bytes(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Animated pictures, byte by byte: what their formats can say goes beyond what a library would write
+
+
+@dataclass
+class Drawn:
+    """A frame of an animation: RGBA (h, w, 4) drawn at a place of the canvas."""
+
+    rgba: np.ndarray
+    left: int = 0
+    top: int = 0
+    ms: int = 100
+    over: bool = True  # what was there, rather than instead of it
+    after: str = "keep"  # what becomes of it: keep, clear or restore
+
+
+def animation(kind, width, height, frames):
+    """The bytes of a gif, png or webp. In a gif all pixels are opaque or clear, and their colors are of PALETTE."""
+    return {"gif": gif_of, "png": png_of, "webp": webp_of}[kind](width, height, frames)
+
+
+PALETTE = np.random.default_rng(0).integers(0, 256, (127, 3), np.uint8)  # number 127 is clear
+
+
+def gif_of(width, height, frames):
+    out = b"GIF89a" + struct.pack("<HHBBB", width, height, 0xF6, 0, 0) + PALETTE.tobytes() + bytes(3)
+    for f in frames:
+        near = np.abs(f.rgba[..., None, :3].astype(int) - PALETTE).sum(-1).argmin(-1)
+        codes = np.where(f.rgba[..., 3] < 128, 127, near).astype(np.uint8).tobytes()
+        # a code is a byte while the decoder's table is emptied (128) before it has grown
+        data = b"".join(b"\x80" + codes[at : at + 100] for at in range(0, len(codes), 100)) + b"\x81"
+        how = ("", "keep", "clear", "restore").index(f.after)
+        out += struct.pack("<BBBBHBB", 0x21, 0xF9, 4, how << 2 | 1, f.ms // 10, 127, 0)
+        out += struct.pack("<BHHHHBB", 0x2C, f.left, f.top, *f.rgba.shape[1::-1], 0, 7)
+        out += b"".join(bytes([len(data[at : at + 255])]) + data[at : at + 255] for at in range(0, len(data), 255))
+        out += b"\0"
+    return out + b";"
+
+
+def png_of(width, height, frames):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
+    out += chunk(b"acTL", struct.pack(">II", len(frames), 0))
+    for n, f in enumerate(frames):
+        how = ("keep", "clear", "restore").index(f.after)
+        out += chunk(b"fcTL", struct.pack(">IIIIIHHBB", max(0, 2 * n - 1), *f.rgba.shape[1::-1], f.left, f.top, f.ms,
+                                          1000, how, f.over))
+        data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in f.rgba))
+        out += chunk(b"fdAT", struct.pack(">I", 2 * n) + data) if n else chunk(b"IDAT", data)
+    return out + chunk(b"IEND", b"")
+
+
+def webp_of(width, height, frames):
+    def three(*values):
+        return b"".join(struct.pack("<I", value)[:3] for value in values)
+
+    out = b"VP8X" + struct.pack("<I", 10) + b"\x12\0\0\0" + three(width - 1, height - 1)
+    out += b"ANIM" + struct.pack("<IIH", 6, 0xFF0000FF, 0)
+    for f in frames:
+        file = io.BytesIO()
+        Image.fromarray(f.rgba).save(file, "WEBP", lossless=True, exact=True)
+        still = file.getvalue()
+        data = three(f.left // 2, f.top // 2, f.rgba.shape[1] - 1, f.rgba.shape[0] - 1, f.ms)
+        data += bytes([2 * (not f.over) + (f.after == "clear")]) + still[still.index(b"VP8L") :]
+        out += b"ANMF" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", 4 + len(out)) + b"WEBP" + out
+
+
+def composed(width, height, frames):
+    """What a browser shows of an animation: RGBA (height, width, 4) a frame, in floats."""
+    canvas, shown = np.zeros((height, width, 4)), []
+    for f in frames:
+        before, (h, w) = canvas.copy(), f.rgba.shape[:2]
+        part = canvas[f.top : f.top + h, f.left : f.left + w]
+        alpha, below = (f.rgba[..., 3:] / 255, part[..., 3:] / 255) if f.over else (1, 0)
+        whole = alpha + below * (1 - alpha) if f.over else f.rgba[..., 3:] / 255
+        mixed = f.rgba[..., :3] * alpha + part[..., :3] * below * (1 - alpha)
+        part[..., :3] = np.divide(mixed, whole, where=whole > 0, out=np.zeros_like(mixed)) if f.over else mixed
+        part[..., 3:] = whole * 255
+        shown.append(canvas.copy())
+        if f.after == "clear":
+            part[:] = 0
+        elif f.after == "restore":
+            canvas = before
+    return shown
 
 
 def damaged(folder, good, count, seed=0):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import cli
 from cli import option
+from clips.pictures import read_color
 from clips.samples import SOURCES
 from grid import grid_shape
 from sample import NoiseSchedule
@@ -56,6 +57,8 @@ class Config:
     random_crop: bool = option(False, "instead of the middle")
     flip: bool = option(False, "mirror half of the samples whose caption cannot mention a side")
     frame_pool: int = option(8000, "frames in memory for training a VAE", low=1, high=10**7)
+    background: str = option("white", "color that shows through what is transparent, like white or #ffcc00")
+    captions: str = option("", "from_names: without any, the name of the file", choices=("", "from_names"))
     drop_caption: float = option(0.1, "share of captions dropped, for classifier-free guidance", low=0, high=1)
     validation: int = option(0, "last items of each list that are held out, to measure the validation loss", low=0)
 
@@ -188,6 +191,7 @@ def check_config(cfg: Config):
         raise ValueError(f"lora_rank and {other} do not go together: it is of the UNet, and all else stays as it is")
     if cfg.lora_rank and not cfg.init:
         raise ValueError("lora_rank needs init: the model that it is a change of")
+    read_color(cfg.background)
     grid_shape(cfg.frames)
     if cfg.given_share and cfg.frames == 1:
         raise ValueError("given_share needs frames > 1: of one frame nothing can be given")

@@ -17,6 +17,7 @@ from sd import Model
 from sd.vae import to_uint8
 from training.config import Config
 from training.ranks import Ranks
+from training.setup import sample_spec
 
 
 class Autoencoding(nn.Module):
@@ -43,11 +44,11 @@ class VAETask:
 
     def __init__(self, cfg: Config, model: Model, lists: dict[str, str], ranks: Ranks):
         self.module, self.cfg, self.model, self.ranks = Autoencoding(model, cfg), cfg, model, ranks
-        size = cfg.width, cfg.height
-        self.pool = frame_pool(lists, cfg.frame_pool, size, cfg.seed, slice(0, -cfg.validation or None))
+        spec = sample_spec(cfg)
+        self.pool = frame_pool(lists, cfg.frame_pool, spec, slice(0, -cfg.validation or None))
         if cfg.validation:
             held_out = slice(-cfg.validation, None)
-            self.held_out = frame_pool(lists, cfg.validation * len(lists), size, cfg.seed, held_out)
+            self.held_out = frame_pool(lists, cfg.validation * len(lists), spec, held_out)
         factor = model.vae.cfg.downsampling
         self.latent = model.vae.cfg.latent_channels, cfg.height // factor, cfg.width // factor
 
@@ -94,25 +95,26 @@ class VAETask:
         return 1 / torch.cat(means).std().item()
 
 
-def frame_pool(lists: dict[str, str], count: int, size, seed=0, which=slice(None)) -> torch.Tensor:
+def frame_pool(lists: dict[str, str], count: int, spec: Spec, which=slice(None)) -> torch.Tensor:
     """`count` frames drawn evenly from the sources, for training a VAE: uint8 (count, 3, H, W), in memory.
 
+    spec   of a video there are at most spec.frames, at the lowest FPS at which they fit into it
     which  of each list's items
     """
-    rng, pool = np.random.default_rng(seed), []
+    rng, pool = np.random.default_rng(spec.seed), []
     for source, path in lists.items():
-        items = Items(source, path)
+        items = Items(source, path, spec.captions)
         chosen = np.arange(len(items))[which]
         if not len(chosen):
             raise ValueError(f"validation must leave something to train on, and {source} has {len(items)} samples")
         each = math.ceil(count / len(lists) / len(chosen))
-        spec = Spec(min(each, 4) if source == "video" else each, *size, fps_values=(1,), seed=seed)
+        few = replace(spec, frames=min(each, spec.frames) if source == "video" else each)
         for i in tqdm(rng.permutation(chosen)[: math.ceil(count / len(lists))], desc=f"frames of {source}"):
             try:
                 item = items[i]
                 with video_of(source, item) as video:
-                    fps = offered_fps(source, video, spec)[0]
-                    pool.append(read_sample(source, i, item, video, spec, fps, 0).data)
+                    fps = offered_fps(source, video, few)[0]
+                    pool.append(read_sample(source, i, item, video, few, fps, 0).data)
             except Bad as bad:
                 warn(f"skipped {source} {items.name(i)}: {bad}")
     if not pool:

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 
-from footage import write_clip
+import numpy as np
+from footage import Drawn, animation, write_clip
 
 
 def test_check_counts_by_reason_and_names_every_case(tmp_path, run):
@@ -39,6 +40,18 @@ def test_check_of_images(world, tmp_path, run):
     assert done.returncode == 0, done.stderr
     assert "1  not an image that can be read" in done.stdout and "1  no image in it" in done.stdout
     assert str(folder / "broken.jpg") in (tmp_path / "labels" / "labels.check.jsonl").read_text()
+
+
+def test_check_of_stickers(tmp_path, run):
+    frames = [Drawn(np.full((8, 8, 4), 30 * n, np.uint8), ms=200) for n in range(8)]
+    for name, count in (("good_one.webp", 8), ("short.png", 3), ("still.gif", 1)):
+        (tmp_path / name).write_bytes(animation(name.split(".")[1], 8, 8, frames[:count]))
+    done = run("clips.check", tmp_path, "--frames", 4, "--captions", "from_names")
+    assert done.returncode == 0, done.stderr
+    assert "2 items, 1 files that can be used, 1 that cannot:\n       1  too short\n" in done.stdout
+    assert "warning: 1 still pictures in" in done.stderr
+    done = run("clips.check", tmp_path, "--frames", 4)
+    assert "       2  no caption: " in done.stdout
 
 
 def test_check_counts_what_is_no_text_or_no_data(tmp_path, run):

@@ -7,12 +7,15 @@ import shutil
 from dataclasses import replace
 from glob import glob
 
+import numpy as np
 import pytest
 from conftest import SPEC
+from footage import Drawn, animation
 
 import cli
 import sd
 from clips.encode import encode
+from clips.encoded import EncodedClips
 from clips.jobs import appending
 from clips.lists import Items
 
@@ -130,6 +133,30 @@ def test_encode_says_mistakes_in_one_line(world, micro, tmp_path, run, options, 
     done = run("clips.encode", tmp_path / "out", "--ckpt", micro, "--label", f"{world}/labels", *options)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not os.listdir(tmp_path)
+
+
+def test_stickers_are_encoded_and_their_changes_noticed(run, micro, tmp_path):
+    """Animated pictures are clips; a caption that is a name changes with the name."""
+    frames = [Drawn(np.full((32, 32, 4), (30 * n, 0, 0, 200), np.uint8)) for n in range(8)]
+    (tmp_path / "set").mkdir()
+    for kind in ("gif", "png", "webp"):
+        (tmp_path / "set" / f"a_{kind}.{kind}").write_bytes(animation(kind, 32, 32, frames))
+    options = ["--frames", 4, "--size", "32x32", "--fps", "8", "--background", "black", "--captions", "from_names"]
+    encoded = ["clips.encode", tmp_path / "o", "--ckpt", micro, "--video", tmp_path / "set"]
+    done = run(*encoded, *options)
+    assert done.returncode == 0, done.stderr
+    clips = EncodedClips(str(tmp_path / "o"))
+    assert [clips.sample("video", i, 0, 0).caption for i in range(3)] == ["a gif", "a png", "a webp"]
+    assert (clips.spec.background, clips.spec.captions) == ("black", "from_names")
+    assert "nothing has changed" in run(*encoded, "--update").stdout
+    os.rename(tmp_path / "set" / "a_webp.webp", tmp_path / "set" / "a_wave.webp")
+    done = run(*encoded, "--update")
+    assert "1 of 3 items changed since they were encoded (1 captions, 1 files)" in done.stdout, done
+    assert EncodedClips(str(tmp_path / "o")).sample("video", 2, 0, 0).caption == "a wave"
+    done = run(*encoded, *options, "--background", "red")
+    assert done.returncode == 2 and "was encoded with background = black, not red" in done.stderr
+    done = run("clips.encode", tmp_path / "p", *encoded[2:], *options, "--background", "reddish")
+    assert done.returncode == 2 and "background must be a color, like white" in done.stderr
 
 
 def test_a_list_that_is_not_there_is_told_before_a_model_is_loaded(tmp_path, run):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from clips.decode import Bad
 from clips.lists import Item, Items, Records, image_names, line_starts
@@ -299,7 +300,8 @@ def test_a_quote_that_is_never_closed_is_told_with_its_line(tmp_path, tail, line
 
 
 NO_TEXT = "its caption is not text in UTF-8"
-NO_CAPTION = "no caption: neither in caption, prompt, text, name nor in a .txt beside it"
+NO_CAPTION = ("no caption: neither in caption, prompt, text, name nor in a .txt beside it; captions=from_names would "
+              "take names of files")
 
 
 @pytest.mark.parametrize("text, right", [
@@ -341,10 +343,12 @@ HIDDEN = st.from_regex(r"(\.|~\$)[a-z.]{1,4}\.(mp4|png|gif)", fullmatch=True)
 @settings(max_examples=50, deadline=None)
 @given(st.sets(st.sampled_from(BYSTANDERS) | HIDDEN), st.booleans())
 def test_what_lies_beside_the_data_is_no_data(place, names, folders):
-    """Hidden files and folders, thumbnails, locks, backups and halves of downloads."""
+    """Hidden files and folders, thumbnails, locks, backups and halves of downloads; and stills beside videos."""
     folder = Path(tempfile.mkdtemp(dir=place))
-    for name in ("b.mp4", "C.MP4", "b.png", "C.Png"):
+    for name in ("b.mp4", "C.MP4"):
         (folder / name).touch()
+    for name in ("b.png", "C.Png"):
+        Image.new("L", (1, 1)).save(folder / name)
     (folder / "label").mkdir()
     (folder / "label" / "b.png").touch()
     for name in names:
@@ -361,6 +365,32 @@ def test_what_lies_beside_the_data_is_no_data(place, names, folders):
     assert image_names(str(folder / "label")) == ["b.png"]
 
 
+def test_stills_among_stickers_are_no_clips_and_it_is_told(tmp_path, capsys):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "green", "blue")]
+    for name in ("a.gif", "b.webp", "c.PNG", "d.apng"):
+        kind = {"apng": "PNG"}.get(name[2:], name[2:].upper())
+        frames[0].save(tmp_path / name, kind, save_all=True, append_images=frames[1:], duration=100)
+        frames[0].save(tmp_path / f"still-{name}", kind)
+    (tmp_path / "broken.webp").write_bytes(b"RIFF")
+    items = Items("video", str(tmp_path))
+    assert [os.path.basename(items.name(i)) for i in range(5)] == ["a.gif", "b.webp", "broken.webp", "c.PNG", "d.apng"]
+    assert len(items) == 5 and capsys.readouterr().err == (
+        f"warning: 4 still pictures in {tmp_path} are no clips, but can be given as `caption`: still-a.gif, "
+        "still-b.webp, still-c.PNG, ...\n")
+    assert len(Items("caption", str(tmp_path))) == 9 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, caption", [
+    ("a_red-panda__waving.gif", "a red panda waving"), ("1f600.mp4", "1f600"), ("Zoë.x.mp4", "Zoë.x"),
+    ("_.mp4", NO_CAPTION)])
+def test_a_name_can_be_a_caption(tmp_path, name, caption):
+    (tmp_path / name).write_bytes(b"GIF89a")
+    assert captions(Items("video", str(tmp_path), "from_names")) == [caption]
+    assert captions(Items("video", str(tmp_path))) == [NO_CAPTION]
+    (tmp_path / f"{os.path.splitext(name)[0]}.txt").write_text("what is beside it goes first")
+    assert captions(Items("video", str(tmp_path), "from_names")) == ["what is beside it goes first"]
+
+
 def test_a_hidden_file_that_a_list_names_is_read(tmp_path):
     assert read(tmp_path, "path,caption\n.cache/._a.mp4,a dog\n")[0].path == str(tmp_path / ".cache/._a.mp4")
 
@@ -372,7 +402,9 @@ def test_a_hidden_file_that_a_list_names_is_read(tmp_path):
 def test_a_folder_in_which_nothing_counts_says_what_would(tmp_path, source, says):
     (tmp_path / ".hidden").mkdir()
     if source == "video":
-        for name in ("a.webp", "b.WEBP", "c.webp", "README", ".d.mp4"):
+        for name in ("a.webp", "b.WEBP", "c.webp"):
+            Image.new("RGB", (1, 1)).save(tmp_path / name)
+        for name in ("README", ".d.mp4"):
             (tmp_path / name).touch()
         for name in ("sub", "other"):
             (tmp_path / name).mkdir()

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import SPEC
-from footage import write_clip
+from footage import PALETTE, Drawn, animation, write_clip
 from PIL import Image
 
 from clips.decode import Bad
@@ -52,6 +52,23 @@ def test_label_images_differ_and_repeat_only_when_few(lists, tmp_path):
     few = LiveClips({"label": str(tmp_path / "labels")}, SPEC).sample("label", 0, 0, 0)
     assert sorted(Counter(int(frame[0, 0, 0]) for frame in few.data).values()) == [1, 1, 2]
     assert few.skipped == ((str(folder / "broken.png"), "not an image that can be read"),)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_what_is_transparent_shows_the_background_in_clips_and_images(tmp_path, kind):
+    """Never the colors under alpha 0, which here are green."""
+    rgba = np.full((32, 32, 4), (0, 255, 0, 0), np.uint8)
+    rgba[:16] = PALETTE[5].tolist() + [255]
+    (tmp_path / f"half_clear.{kind}").write_bytes(animation(kind, 32, 32, [Drawn(rgba, after="clear")] * 8))
+    for background, color in (("white", (255, 255, 255)), ("#102030", (16, 32, 48))):
+        spec = Spec(4, 32, 32, fps_values=(8,), background=background, captions="from_names")
+        for source, count in (("video", 4), ("caption", 1)):
+            sample = LiveClips({source: str(tmp_path)}, spec).sample(source, 0, 0.5, 0.5)
+            assert sample.caption == "half clear" and len(sample.data) == count
+            for rows, expected in ((sample.data[..., :16, :], PALETTE[5]), (sample.data[..., 16:, :], color)):
+                assert np.abs(rows.numpy() - np.array(expected, int)[:, None, None]).max() <= 2
+    with pytest.raises(ValueError, match="background must be a color, like white or #ffcc00, got 'whit'"):
+        Spec(4, 32, 32, background="whit")
 
 
 def test_names_that_no_file_can_have_are_missing(tmp_path):

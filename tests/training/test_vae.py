@@ -10,11 +10,13 @@ from footage import write_clip
 from runs import ROOT, ci_options, metrics, train_here
 
 import sd
+from clips.samples import Spec
 from training.config import read_config
 from training.setup import data_lists, make_model
 from training.vae import Autoencoding, VAETask, frame_pool
 
 CI = f"{ROOT}/configs/ci.py"
+SPEC = Spec(4, 32, 32)
 
 
 def make_task(world, rank=0, ranks=1, **options):
@@ -51,22 +53,22 @@ def test_a_step_is_the_same_however_it_is_cut(world):
 def test_frames_come_from_all_sources_without_those_held_out(world):
     cfg = read_config([CI, f"--toy={world}"])
     lists = data_lists(cfg)
-    pool = frame_pool(lists, 30, (32, 32), which=slice(0, -2))
+    pool = frame_pool(lists, 30, SPEC, which=slice(0, -2))
     assert pool.dtype == torch.uint8 and 24 <= len(pool) <= 45 and pool.shape[1:] == (3, 32, 32)
-    held_out = frame_pool(lists, 6, (32, 32), which=slice(-2, None))
+    held_out = frame_pool(lists, 6, SPEC, which=slice(-2, None))
     assert not any(torch.equal(a, b) for a in held_out for b in pool)
     with pytest.raises(ValueError, match="validation must leave something to train on, and video has 8 samples"):
-        frame_pool(lists, 30, (32, 32), which=slice(0, -8))
+        frame_pool(lists, 30, SPEC, which=slice(0, -8))
 
 
 def test_frames_that_cannot_be_used_are_told(bad_lists, tmp_path, capsys):
-    write_clip(tmp_path / "short.mp4", range(0, 100, 20))
+    write_clip(tmp_path / "short.mp4", range(0, 60, 20))
     (tmp_path / "videos.jsonl").write_text('{"path": "short.mp4", "caption": "too short for four frames"}')
-    pool = frame_pool({"caption": bad_lists["caption"]}, 8, (32, 32))
+    pool = frame_pool({"caption": bad_lists["caption"]}, 8, SPEC)
     assert pool.shape == (6, 3, 32, 32)
     assert capsys.readouterr().err.count("warning: skipped caption") == 2
     with pytest.raises(ValueError, match="no frame of .*videos.jsonl can be used"):
-        frame_pool({"video": str(tmp_path / "videos.jsonl")}, 8, (32, 32))
+        frame_pool({"video": str(tmp_path / "videos.jsonl")}, 8, SPEC)
 
 
 def test_vae_trains(world, tmp_path):
