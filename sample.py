@@ -23,6 +23,7 @@ from clips.write import Kept, playback_fps, write_video
 from grid import fold, grid_shape, unfold
 from sd.device import at_work, check_memory, require_finite
 from sd.vae import decode, encode
+from training.ranks import Ranks, shared
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedule
@@ -363,7 +364,8 @@ def prepare(options: Options, model: sd.Model) -> Request:
     return request
 
 
-def main():
+@shared(awaited="paths")
+def main(ranks: Ranks):
     options = cli.parse(Options, __doc__)
     if options.like:
         options = cli.parse(Options, __doc__, **settings_like(options, SHIPPED))
@@ -372,7 +374,7 @@ def main():
     replace(options, seed=options.seed + options.num - 1).check()
     options.check_files()
     names = [(prompt, options.seed + n) for prompt in options.prompt or options.texts[:1] for n in range(options.num)]
-    with claim_outputs(options.out, names, options.frames == 1):  # now, not after a model is loaded
+    with ranks.on_rank_0(claim_outputs(options.out, names, options.frames == 1)):  # now, not after a model is loaded
         pass
     model, device, dtype = load_model(options, SHIPPED)
     request = prepare(options, model)
@@ -383,10 +385,10 @@ def main():
         cli.warn(text)
     print(f"{str(dtype).removeprefix('torch.')} on {device}", file=sys.stderr)
     told = settings_of(request, options, model.settings.layout, SHIPPED)
-    steps = len(names) * request.steps * len(request.windows(model))
-    with (claim_outputs(options.out, names, request.frames == 1) as paths,
+    steps = len(ranks.share(names)) * request.steps * len(request.windows(model))
+    with (ranks.held("paths", claim_outputs(options.out, names, request.frames == 1)) as paths,
           tqdm(total=steps, unit="step", desc="sample", file=sys.stderr) as bar):
-        for (prompt, seed), path in zip(names, paths):
+        for (prompt, seed), path in ranks.share(zip(names, paths)):
             one = replace(request, prompt=(prompt,) if request.prompt else (), seed=seed)
             made = Kept(stream(model, one, progress=lambda *_: bar.update(), device=device))
             write_video(path, made, playback_fps(request.fps), told | {"prompt": "".join(one.prompt), "seed": seed})

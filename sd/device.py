@@ -17,6 +17,7 @@ def pick_device(name: str = "") -> torch.device:
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     name = name or next(device for device, count in there.items() if count)
     kind, _, number = name.partition(":")
+    number = number or os.environ.get("LOCAL_RANK", "") * (kind == "cuda")  # torchrun's: to each process its own
     if not re.fullmatch(r"\d*", number) or int(number or 0) >= there.get(kind, 0):
         raise ValueError(f"device {name} is not here: choose one of {', '.join(d for d in there if there[d])}")
     return torch.device(kind, int(number or 0)) if kind == "cuda" else torch.device(name)  # "cuda" is not "cuda:0"

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # From the bottom up: a module may import those below it, and others of its own room.
 FLOORS = [
-    {"grid", "embed", "cli", "layers"},
+    {"grid", "embed", "cli", "layers", "training.ranks", "training.watchdog"},
     {"lab.toy"},  # the toy world stands on cli and grid alone, so that training may render it
     {"model"},
     {"beyond.pooled", "beyond.temporal", "beyond.swap", "beyond.causal"},

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ONE_THREAD, ROOT
+from runs import LIMIT, torchrun
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cli
+import sample
 import sd
 from grid import grid_shape
 from sample import Request, generate, stream
@@ -306,11 +309,63 @@ def test_an_interrupted_sampling_leaves_nothing(micro, tmp_path, monkeypatch, ru
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# On several processes
+
+
+def sample_here(*arguments):
+    """What `python sample.py ...` does."""
+    os.chdir(ROOT)
+    sys.argv = ["sample.py", *arguments]
+    cli.run(sample.main)
+
+
+def test_ranks_share_the_prompts_and_make_the_same_files(processes, micro, tmp_path):
+    """Of the same names, though two prompts are called alike, and the same bytes; rank 0 alone talks."""
+    (tmp_path / "p.txt").write_text("a cat!\na cat?\na dog\n")
+    told = []
+    for ranks in (1, 2):
+        out = tmp_path / f"by{ranks}"
+        assert processes.run(["--prompts", tmp_path / "p.txt", "--ckpt", micro, "--steps", 2, "--dtype", "float32",
+                              "--out", f"{out}/"], ranks=ranks, target=sample_here) == [0] * ranks
+        told.append(processes.log.read_text().replace(str(out), "out").split("sample:")[-1])
+        processes.log.unlink()
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / f"by{n}").iterdir()} for n in (1, 2))
+    assert list(sorted(one)) == ["a-cat-seed0-2.mp4", "a-cat-seed0.mp4", "a-dog-seed0.mp4"] and one == two
+    assert len(set(one.values())) == 3
+    assert "6/6" in told[0] and "4/4" in told[1] and told[0].splitlines()[1:] == told[1].splitlines()[1:]
+    assert told[0].splitlines()[1:] == [f"out/{name}.mp4" for name in ("a-cat-seed0", "a-cat-seed0-2", "a-dog-seed0")]
+
+
+def test_an_error_on_one_rank_ends_all_with_one_line(micro, tmp_path):
+    """The disk of rank 1 is full. What the others have finished stays, and nothing half done."""
+    (tmp_path / "full.py").write_text(f"""
+import os, resource, runpy, sys
+if os.environ["RANK"] == "1":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+sys.path.insert(0, {ROOT!r})
+sys.argv[0] = "sample.py"
+runpy.run_path("sample.py", run_name="__main__")
+""")
+    done = subprocess.run([*torchrun(2), tmp_path / "full.py", *"abcdefgh", "--ckpt", micro, "--steps", "1",
+                           "--out", tmp_path / "out" / "x.gif"], cwd=ROOT, env=ONE_THREAD, capture_output=True,
+                          text=True, timeout=LIMIT)
+    said = [line for line in done.stderr.splitlines() if line.startswith("sample.py: ")]
+    assert done.returncode == 1 and done.stdout == ""
+    assert said[0] == f"sample.py: {tmp_path}/out/x-001.gif cannot be written: File too large", done.stderr
+    assert all("rank 1 (last at: " in line for line in said[1:])
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".gif" or "001" in path.name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Devices and precision
 
 
-def test_devices_are_named_with_their_number():
+def test_devices_are_named_with_their_number(monkeypatch):
     assert pick_device() == pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert pick_device() == torch.device("cuda:0") and pick_device("cuda:3") == torch.device("cuda:3")
+    monkeypatch.setenv("LOCAL_RANK", "2")  # torchrun's
+    assert pick_device() == pick_device("cuda") == torch.device("cuda:2") and pick_device("cuda:3").index == 3
 
 
 @pytest.mark.parametrize("units", [False, True])

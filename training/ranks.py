@@ -3,12 +3,15 @@
 torchrun starts the ranks, names one that dies, and restarts all (`--max-restarts`). The watchdog finds one that hangs.
 """
 
+import io
 import json
 import os
 import signal
+import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
+from functools import cached_property, wraps
 
 import torch
 import torch.distributed as dist
@@ -26,7 +29,7 @@ class Ranks:
 
     def __init__(self, timeout: float):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.gloo = pick_own_device(), None
+        self.gloo = None
         if self.world > 1:
             limit = timedelta(seconds=3 * timeout + 60)  # longer than the watchdog's, which says who is to blame
             client = store_client(serve=self.rank == 0)
@@ -48,6 +51,10 @@ class Ranks:
             self.watchdog.stop(failed=kind not in (None, SystemExit))
             if kind is None:
                 dist.destroy_process_group()
+
+    @cached_property
+    def device(self) -> torch.device:
+        return pick_own_device()
 
     def at(self, place: str):
         """Tell the watchdog that this rank makes progress, and where it is."""
@@ -71,6 +78,21 @@ class Ranks:
             time.sleep(POLL)
         return json.loads(self.watchdog.store.get(name))
 
+    def share(self, items) -> list:
+        """Every world-th of some items, from this rank's first on."""
+        return list(items)[self.rank :: self.world]
+
+    def on_rank_0(self, manager):
+        """The context manager on rank 0; elsewhere one that does nothing."""
+        return nullcontext() if self.rank else manager
+
+    @contextmanager
+    def held(self, name: str, manager):
+        """Context manager: on all ranks what the manager gives on rank 0, where it ends when all are through."""
+        with self.on_rank_0(manager) as value:
+            yield self.from_rank_0(name, lambda: value)
+            self.together()
+
     def together(self):
         """Wait until every rank is here, by the store: gloo of torch 2.6 can deadlock where a collective comes just
         before the end of its group."""
@@ -85,6 +107,35 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(numbers, group=self.gloo)
         return numbers
+
+
+def shared(awaited: str, timeout=600.0):
+    """Make a command of main(ranks), which runs alone or on every rank. Of several only rank 0 talks.
+
+    awaited  a name that rank 0 gives by `from_rank_0`; the others begin then, so that what is wrong on all is told once
+    timeout  seconds without a sign of life of a rank, after which the others end
+    """
+
+    def command(main):
+        @wraps(main)
+        def run():
+            with Ranks(timeout) as ranks, ranks.patient("work"), silent() if ranks.rank else nullcontext():
+                if ranks.world > 1:  # how torchrun ends the others: what they have begun is to be removed
+                    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+                if ranks.rank:
+                    ranks.from_rank_0(awaited, None)
+                main(ranks)
+
+        return run
+
+    return command
+
+
+@contextmanager
+def silent():
+    """Context manager: say nothing."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
 
 
 def pick_own_device() -> torch.device:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from cli import program
+
 
 class Watchdog:
     """Heartbeat and progress of this rank, and the thread that judges those of all.
@@ -106,5 +108,5 @@ class Watchdog:
 
     def leave(self, why: str):
         """End this process, whatever its main thread waits for."""
-        print(f"train.py: {why}", file=sys.stderr, flush=True)
+        print(f"{program()}: {why}", file=sys.stderr, flush=True)
         os._exit(1)
