@@ -355,11 +355,11 @@ class Options(Given, Request):
     """A request, and what else the command line takes."""
 
 
-def prepare(options: Options, model: sd.Model) -> Request:
+def prepare(options: Options, model: sd.Model, device) -> Request:
     """What options and their files ask of a model, resolved. A fast one may change its layout. Raises ValueError."""
     asked = {f.name: getattr(options, f.name) for f in fields(Request)} | options.read_files(model.settings)
     request = Request(**asked).resolve(model)
-    if request.fast and pooling_pays(model, request.size):
+    if request.fast and pooling_pays(model, request.size, device):
         model.use_layout("pooled")
     return request
 
@@ -377,7 +377,7 @@ def main(ranks: Ranks):
     with ranks.on_rank_0(claim_outputs(options.out, names, options.frames == 1)):  # now, not after a model is loaded
         pass
     model, device, dtype = load_model(options, SHIPPED)
-    request = prepare(options, model)
+    request = prepare(options, model, device)
     if request.fast:
         chosen = (f"{name} {getattr(request, name)}," for name in FAST)
         print("fast:", *chosen, "layout", model.settings.layout, file=sys.stderr)

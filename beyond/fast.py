@@ -14,8 +14,9 @@ import torch
 from beyond.pooled import Pooled
 from model import UNet
 
-# what a request is `fast` with, where the model's settings do not say: fields of sample.Request
-FAST = {"sampler": "dpm++", "steps": 20, "guidance_interval": (100, 800), "guidance_rescale": 0.0, "reuse": 2}
+# what a request is `fast` with, where the model's settings do not say: fields of sample.Request. No reuse: where it can
+# be graded, fewer steps do better at the same cost (docs/fast.md)
+FAST = {"sampler": "dpm++", "steps": 20, "guidance_interval": (100, 800), "guidance_rescale": 0.0, "reuse": 1}
 
 
 def fast_settings(chosen: dict) -> dict:
@@ -34,10 +35,12 @@ def check_sampling(sampler: str, eta: float, guidance_interval: tuple[int, int])
         raise ValueError(f"guidance_interval must be LOW,HIGH with LOW <= HIGH, got {low},{high}")
 
 
-def pooling_pays(model, size: tuple[int, int]) -> bool:
-    """Whether a sd.Model with the layout `grid` has less to do with `pooled`, for frames of a size in pixels."""
+def pooling_pays(model, size: tuple[int, int], device) -> bool:
+    """Whether a sd.Model with the layout `grid` is faster with `pooled`, for frames of a size in pixels: where that
+    leaves something out, on a CPU. GPUs attend so fast that frames taken one by one cost more (docs/benchmarks.md)."""
     pooled, shorter = Pooled(model.unet.cfg), min(size) // model.vae.cfg.downsampling
-    return model.settings.layout == "grid" and pooled.side(shorter >> pooled.largest, 1) > 1
+    small = pooled.side(shorter >> pooled.largest, 1) == 1
+    return model.settings.layout == "grid" and not small and torch.device(device).type == "cpu"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

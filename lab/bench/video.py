@@ -10,6 +10,7 @@ arithmetic of a sampler is part of a step, and next to nothing of it.
 import math
 import statistics
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -50,14 +51,12 @@ def main(arguments):
 def rows() -> dict[str, tuple[str, Request]]:
     """Ours: what a row says, its layout, and how it samples."""
     whole = Request("any", steps=PUBLISHED, guidance=7.0, guidance_interval=(0, 999), reuse=1)
-    found, said, request = {f"{name}, {PUBLISHED} steps": (name, whole) for name in LAYOUTS}, "grid", vars(whole)
-    low, high = FAST["guidance_interval"]
-    for gain, changed in ((f", {FEWER} steps", "steps"), (f", guided at {low}..{high}", "guidance_interval"),
-                          (f", reuse {FAST['reuse']}", "reuse")):
-        said, request = said + gain, request | {changed: FAST[changed]}
-        found[said] = "grid", Request(**request)
-    found[f"pooled, {FEWER} steps"] = "pooled", Request(**vars(whole) | {"steps": FEWER})
-    return found | {"--fast, all of it": ("pooled", Request(**request))}
+    fewer, (low, high) = replace(whole, steps=FEWER), FAST["guidance_interval"]
+    seldom, said = replace(fewer, guidance_interval=(low, high)), f"{FEWER} steps, guided at {low}..{high}"
+    return {**{f"{name}, {PUBLISHED} steps": (name, whole) for name in LAYOUTS},
+            f"grid, {FEWER} steps": ("grid", fewer), f"grid, {said}": ("grid", seldom),
+            f"grid, {said}, reuse 2": ("grid", replace(seldom, reuse=2)),
+            f"pooled, {FEWER} steps": ("pooled", fewer), f"pooled, {said}": ("pooled", seldom)}
 
 
 def steps_of(request: Request, timesteps=None) -> Counter:
@@ -114,11 +113,11 @@ def show(seconds: dict, decoding: float, where: str):
     for key, each in seconds.items():
         name, halves, whole = key if isinstance(key, tuple) else (key, 2, True)
         said = f"{name}, {'both halves' if halves == 2 else 'one half'}" + ", reused features" * (not whole)
-        print(f"  {said:40} {each * 1e3:10.1f} ms  {seconds['ModelScope'] / each:6.2f}x")
+        print(f"  {said:45} {each * 1e3:10.1f} ms  {seconds['ModelScope'] / each:6.2f}x")
     total = {f"{name}, {steps} steps": steps * seconds[name] for name in PEERS for steps in (PUBLISHED, FEWER)}
     for said, (name, request) in rows().items():
         total[said] = math.fsum(n * seconds[(name, *kind)] for kind, n in steps_of(request).items())
     print("a video: steps, speed beside ModelScope's published steps, frames a second with the VAE")
     for said, each in total.items():
-        print(f"  {said:40} {each:10.2f} s   {total[f'ModelScope, {PUBLISHED} steps'] / each:6.2f}x  "
+        print(f"  {said:45} {each:10.2f} s   {total[f'ModelScope, {PUBLISHED} steps'] / each:6.2f}x  "
               f"{16 / (each + decoding):8.3f} frames/s")

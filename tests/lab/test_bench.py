@@ -121,14 +121,15 @@ def test_video(small, run, monkeypatch):
     kinds, videos = done.stdout.split("a video: ")
     assert "a step of 16 frames of 256x256, cpu, float32" in kinds and "grid, one half, reused features" in kinds
     lines = kinds[kinds.index("a step of"):].splitlines()[1:] + videos.splitlines()[1:]
-    seconds = {line[2:43].rstrip(): float(line[43:].split()[0]) for line in lines}
+    seconds = {line[2:48].rstrip(): float(line[48:].split()[0]) for line in lines}
     assert {f"{name}, 50 steps" for name in LAYOUTS} < seconds.keys()
     assert seconds["ModelScope, 20 steps"] == pytest.approx(0.02 * seconds["ModelScope, both halves"], abs=0.006)
     said = {(2, True): "both halves", (2, False): "both halves, reused features", (1, True): "one half",
             (1, False): "one half, reused features"}
-    counts = video.steps_of(video.rows()["--fast, all of it"][1])
-    expected = sum(n * seconds[f"pooled, {said[kind]}"] for kind, n in counts.items()) / 1000
-    assert sum(counts.values()) == FAST["steps"] and seconds["--fast, all of it"] == pytest.approx(expected, abs=0.006)
+    row = "grid, 20 steps, guided at 100..800, reuse 2"
+    counts = video.steps_of(video.rows()[row][1])
+    expected = sum(n * seconds[f"grid, {said[kind]}"] for kind, n in counts.items()) / 1000
+    assert sum(counts.values()) == FAST["steps"] and seconds[row] == pytest.approx(expected, abs=0.006)
 
 
 def test_step_takes_options_of_a_config(small, run):

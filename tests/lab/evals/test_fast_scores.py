@@ -1,6 +1,7 @@
 """What sampling in less time costs: forward-equivalents by hand and by hooks, PSNR by its formula, and the command."""
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -194,6 +195,10 @@ def call(micro, tmp_path, monkeypatch, capsys):
     return call
 
 
+def without_seconds(table):
+    return re.sub(r"(\| \d+\.\d) \| \d+\.\d\d \|", r"\1 |", table)
+
+
 def test_the_command_and_how_it_goes_on(call, tmp_path):
     results, ckpt = tmp_path / "r.jsonl", tmp_path / "m.safetensors"
     out = call()
@@ -209,13 +214,14 @@ def test_the_command_and_how_it_goes_on(call, tmp_path):
 
     kept = results.read_text().splitlines(keepends=True)
     before, ckpt_before = sd.load(str(ckpt)), ckpt.read_bytes()
-    assert call() == out and "".join(kept) == results.read_text() and ckpt.read_bytes() == ckpt_before
+    assert without_seconds(call()) == without_seconds(out)
+    assert "".join(kept) == results.read_text() and ckpt.read_bytes() == ckpt_before
     other = json.dumps(lines[1] | {"weights": "others"}) + "\n"
     results.write_text(kept[0] + other + kept[2] + kept[3])  # one line is missing, and one is of other weights
     assert f"fast is now {best}" in call("--write")
     *rest, again = results.read_text().splitlines(keepends=True)
     assert rest == [kept[0], other, kept[2], kept[3]]
-    assert json.loads(again) | {"seconds": 0} == lines[1] | {"seconds": 0}
+    assert json.loads(again) == lines[1]
 
     written = sd.load(str(ckpt))
     assert written.settings == replace(before.settings, fast=best)
