@@ -18,11 +18,11 @@ timestep_width = 0.4  # where frames need each other (see shipped/first.py), and
 default_fps = 4
 guidance = 3.0
 
-max_steps = 6000
+max_steps = 3000
 batch_size = 4
 lr = 6e-4
 warmup = 50
-cooldown = 1200
+cooldown = 600
 betas = (0.9, 0.99)
 weight_decay = 0.01
 dtype = "float32"  # on whatever machine: lines of several are compared
