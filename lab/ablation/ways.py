@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from lab.ablation.report import cell, curve, heading, line
-from lab.ablation.runs import CONFIGS, NARROW, SEEDS, STUDIES, WAYS
+from lab.ablation.runs import CONFIGS, NARROW, STUDIES, WAYS
 from lab.bench.step import our_step
 from lab.bench.timing import in_turn
 from lab.metrics import wilson
@@ -18,24 +18,29 @@ GRADED = ("color", "shape", "direction", "wrong cuts")
 
 
 class Way:
-    """The runs of a way. Its name says so where seeds are missing.
+    """The runs of a way.
 
     step_seconds  what a step takes
     """
 
     def __init__(self, name: str, runs: list[dict], step_seconds: float):
         self.runs, self.steps, self.step_seconds = runs, list(runs[0]["loss"]), step_seconds
-        self.name = name + (f" ({len(runs)} of {SEEDS} seeds)" if len(runs) < SEEDS else "")
+        self.name = f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})"
 
     def share(self, what: str, step: str) -> tuple[float, float, float]:
-        """Percent of the videos of all seeds at a step, with its Wilson interval."""
+        """Percent of the videos of all runs at a step, with its Wilson interval."""
         count, videos = (sum(run["loss"][step][name] for run in self.runs) for name in (what, "videos"))
         return tuple(100 * x for x in (count / videos, *wilson(count, videos)))
 
     def spread(self, what: str, step: str) -> tuple[float, float, float]:
-        """Mean, least and largest value over the seeds at a step."""
+        """Mean, least and largest value over the runs at a step."""
         values = [run["loss"][step][what] for run in self.runs]
         return sum(values) / len(values), min(values), max(values)
+
+    def each(self, what: str, step: str) -> str:
+        """Percent of the videos of each run: runs differ by more than an interval over all videos says."""
+        shares = (100 * run["loss"][step][what] / run["loss"][step]["videos"] for run in self.runs)
+        return ", ".join(f"{share:.0f}" for share in sorted(shares))
 
     def half(self) -> tuple[str, str]:
         """The first step of the curve at which half of all videos move as they should, and the seconds until then."""
@@ -71,12 +76,14 @@ def ways_of(results: list[dict], seconds: dict[str, float]) -> list[Way]:
 
 def tables(results: list[dict], seconds: dict[str, float]):
     """Yield lines of Markdown."""
-    columns = [*(f"{name}, %" for name in GRADED), "loss", "half move right at step", "after s", "ms a step"]
+    columns = [*(f"{name}, %" for name in GRADED), "direction by run, %", "loss", "half move right at step", "after s",
+               "ms a step"]
     yield from heading("", columns)
     for way in ways_of(results, seconds):
         last = way.steps[-1]
-        cells = [cell(way.share(name, last), 0) for name in GRADED] + [cell(way.spread("video", last), 4), *way.half()]
-        yield line(way.name, [*cells, f"{1000 * way.step_seconds:.0f}"])
+        cells = [cell(way.share(name, last), 0) for name in GRADED] + [way.each("direction", last)]
+        cells += [cell(way.spread("video", last), 4), *way.half(), f"{1000 * way.step_seconds:.0f}"]
+        yield line(way.name, cells)
 
 
 def draw_figure(results: list[dict], path: str, seconds: dict[str, float]):

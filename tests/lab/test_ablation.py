@@ -207,6 +207,7 @@ def test_ways_learn_as_their_lines_say(tmp_path):
     assert grid.share("direction", "100") == tuple(100 * x for x in (0.5, *wilson(15, 30)))
     assert grid.half() == ("100", "50") and temporal.half() == ("200", "50")
     text = "\n".join(ways.tables(results, seconds))
-    assert "| grid | 90 [74, 97] |" in text and "| temporal (1 of 3 seeds) |" in text and "| 500 |" in text
+    assert "| grid (3 runs) | 90 [74, 97] |" in text and "| temporal (1 run) |" in text and "| 500 |" in text
+    assert "| 80, 90, 100 |" in text
     ways.draw_figure(results, str(tmp_path / "figure.png"), seconds)
     assert Image.open(tmp_path / "figure.png").size == (1100, 700)
