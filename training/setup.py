@@ -53,6 +53,8 @@ def make_model(cfg: Config) -> Model:
         if model.unet.layout.per_frame and not settings.grid_trained:
             raise ValueError(f"lora_rank needs layers over time that were trained: those of layout {settings.layout!r} "
                              "are fresh here, and would stay so. Train them first, without lora_rank")
+        if cfg.vae:
+            warn(f"the LoRA will not hold the VAE of {cfg.vae}: it wants to be sampled with a model that has it")
         add_low_rank(model.unet, cfg.lora_rank)
     return model
 

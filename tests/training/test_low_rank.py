@@ -87,6 +87,12 @@ def test_what_cannot_be_is_told_before_anything_is_encoded(micro, options, says)
         make_model(read_config([CI, f"--init={micro}", "--train_text=False", "--lora_rank=4", *options]))
 
 
+def test_that_another_vae_is_not_in_the_file_is_told(micro, capsys):
+    make_model(read_config([CI, f"--init={micro}", f"--vae={micro}", "--train_text=False", "--lora_rank=4"]))
+    assert capsys.readouterr().err == (
+        f"warning: the LoRA will not hold the VAE of {micro}: it wants to be sampled with a model that has it\n")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
