@@ -1,6 +1,7 @@
 """Your own clips on one card of 24 GB: a folder of name.mp4 + name.txt, from Stable Diffusion 2.1 or a model of yours.
 
     python train.py configs/finetune.py --video=FOLDER
+    python train.py configs/finetune.py --video=FOLDER --lora_rank=32 --lr=2e-4     # a LoRA: 5 GB, a file of 27 MB
 
 Videos alone, without the two image sources: a few hundred clips of one kind, and the model learns that kind.
 """
