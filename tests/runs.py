@@ -35,6 +35,15 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 LIMIT = 600  # seconds after which a test gives up, on a machine however busy
 
 
+def start(name: str, *arguments: str):
+    """What `python NAME ...` does, or `python -m NAME ...`."""
+    sys.argv = [name, *arguments]
+    if name.endswith(".py"):
+        runpy.run_path(name, run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
 def here(name, *arguments):
     """Run a script, "sample.py", or a module, "lab.toy", inside this process -> as a finished process."""
     out, err, status = io.StringIO(), io.StringIO(), 0
@@ -44,10 +53,7 @@ def here(name, *arguments):
         with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of modules that are imported already
             try:
-                if name.endswith(".py"):
-                    runpy.run_path(name, run_name="__main__")
-                else:
-                    runpy.run_module(name, run_name="__main__", alter_sys=True)
+                start(*sys.argv)
             except SystemExit as end:
                 status = end.code or 0
     return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), err.getvalue())
@@ -90,8 +96,7 @@ class Processes:
 
         die  (rank, signal, function, call): what this rank sends itself when it calls the function so often
         """
-        context = multiprocessing.get_context("forkserver")
-        warm_up(context)
+        context = warm_up()
         for rank in range(ranks):
             self.all.append(context.Process(target=as_rank, daemon=True, args=(
                 rank, ranks, self.port, str(self.log), target or train_ci, list(map(str, arguments)), die)))
@@ -115,12 +120,14 @@ class Processes:
         return self.wait()
 
 
-def warm_up(context):
-    """Start the fork server, with all imports done."""
-    context.set_forkserver_preload(["runs"])
+def warm_up():
+    """Start the fork server, with all imports done, also what our modules import late -> its context."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs", "open_clip"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.path.dirname(os.path.abspath(__file__))]))
         forkserver.ensure_running()
+    return context
 
 
 def as_rank(rank: int, ranks: int, port: int, log: str, target, arguments, die):
@@ -142,6 +149,12 @@ def train_ci(*arguments):
     os.chdir(ROOT)
     sys.argv = ["train.py", "configs/ci.py", *arguments]
     cli.run(train.main)
+
+
+def command(name: str, *arguments):
+    """start() in the folder of the repository."""
+    os.chdir(ROOT)
+    start(name, *arguments)
 
 
 def die_at(name: str, function: str, call: int):
@@ -259,6 +272,12 @@ def by_two(world, tmp_path_factory):
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "by-two", make)
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """For tests in which what they test starts processes: those, too, come from a fork server with all imports done."""
+    warm_up()
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_a_batch_is_a_function_of_its_number(encoded):
 
 
 @pytest.mark.parametrize("kind", ["encoded", "live"])
-def test_workers_change_nothing(encoded, lists, micro, kind):
+def test_workers_change_nothing(warm, encoded, lists, micro, kind):
     """Batches read ahead by processes, from the middle of an epoch, are the same in the same order."""
     s = stream(EncodedClips(encoded) if kind == "encoded" else LiveClips(lists, SPEC))
     vae = sd.load(micro).vae

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ONE_THREAD, ROOT
-from runs import LIMIT, torchrun
+from runs import LIMIT, command, torchrun
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import cli
-import sample
 import sd
 from grid import grid_shape
 from sample import Request, generate, stream
@@ -289,13 +286,16 @@ def test_never_overwrites(run, micro, tmp_path):
     assert (tmp_path / "a.mp4").read_text() == "precious"
 
 
-def test_two_at_once_into_one_folder(micro, tmp_path):
+def test_two_at_once_into_one_folder(processes, micro, tmp_path):
     """The same prompt and seed with different guidance: neither video is lost."""
-    command = [sys.executable, "sample.py", "x", "--ckpt", micro, "--steps", "2", "--out", tmp_path]
-    both = [subprocess.Popen([*command, "--guidance", str(scale)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                             env=ONE_THREAD) for scale in (1, 5)]
-    paths = [process.communicate(timeout=300)[0].strip() for process in both]
-    assert sorted(map(os.path.basename, paths)) == sorted(os.listdir(tmp_path)) == ["x-seed0-2.mp4", "x-seed0.mp4"]
+    out = tmp_path / "out"
+    out.mkdir()
+    for scale in (1, 5):  # of so many steps that the second begins before the first has ended
+        processes.start(["sample.py", "x", "--ckpt", micro, "--steps", 30, "--out", out, "--guidance", scale],
+                        target=command)
+    assert processes.wait() == [0, 0]
+    paths = [line for line in processes.log.read_text().splitlines() if line.endswith(".mp4")]
+    assert sorted(map(os.path.basename, paths)) == sorted(os.listdir(out)) == ["x-seed0-2.mp4", "x-seed0.mp4"]
 
 
 def test_an_interrupted_sampling_leaves_nothing(micro, tmp_path, monkeypatch, run):
@@ -312,21 +312,14 @@ def test_an_interrupted_sampling_leaves_nothing(micro, tmp_path, monkeypatch, ru
 # On several processes
 
 
-def sample_here(*arguments):
-    """What `python sample.py ...` does."""
-    os.chdir(ROOT)
-    sys.argv = ["sample.py", *arguments]
-    cli.run(sample.main)
-
-
 def test_ranks_share_the_prompts_and_make_the_same_files(processes, micro, tmp_path):
     """Of the same names, though two prompts are called alike, and the same bytes; rank 0 alone talks."""
     (tmp_path / "p.txt").write_text("a cat!\na cat?\na dog\n")
     told = []
     for ranks in (1, 2):
         out = tmp_path / f"by{ranks}"
-        assert processes.run(["--prompts", tmp_path / "p.txt", "--ckpt", micro, "--steps", 2, "--dtype", "float32",
-                              "--out", f"{out}/"], ranks=ranks, target=sample_here) == [0] * ranks
+        assert processes.run(["sample.py", "--prompts", tmp_path / "p.txt", "--ckpt", micro, "--steps", 2, "--dtype",
+                              "float32", "--out", f"{out}/"], ranks=ranks, target=command) == [0] * ranks
         told.append(processes.log.read_text().replace(str(out), "out").split("sample:")[-1])
         processes.log.unlink()
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / f"by{n}").iterdir()} for n in (1, 2))

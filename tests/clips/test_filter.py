@@ -12,10 +12,10 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ONE_THREAD, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from runs import command
 from safetensors.torch import save_file
 
 from clips.decode import Bad
@@ -145,11 +145,10 @@ def test_what_is_scored_is_not_scored_again(videos, filtered, monkeypatch):
     assert done.returncode == 0 and "5 of 10 clips kept" in done.stdout, done.stderr
 
 
-def test_two_ranks_share_the_scoring(videos, clip_weights):
+def test_two_ranks_share_the_scoring(processes, videos, clip_weights):
     os.remove(videos.parent / "videos.csv.scores-0.jsonl")
-    done = script("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "clips.filter", videos,
-                  "--model", CLIP, "--pretrained", clip_weights, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
+    words = ["clips.filter", videos, "--model", CLIP, "--pretrained", clip_weights]
+    assert processes.run(words, ranks=2, target=command) == [0, 0], processes.log.read_text()
     shares = [{json.loads(line)["item"] for line in path.read_text().splitlines()}
               for path in sorted(videos.parent.glob("*.scores-*.jsonl"))]
     assert shares == [{0, 2, 4, 6, 8}, {1, 3, 5, 7, 9}]

@@ -2,9 +2,8 @@
 
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
 from fractions import Fraction
 
@@ -12,9 +11,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD, ROOT
 from footage import number, picture, record, write_clip
 from PIL import Image
+from runs import ROOT, command
 
 import sd
 from clips.given import read_clip
@@ -219,16 +218,15 @@ def test_mistakes_are_one_line_and_nothing_is_written(run, micro, clip, tmp_path
     assert not (tmp_path / "new").exists()
 
 
-def test_ctrl_c_keeps_what_is_finished(micro, tmp_path):
-    path, progress = tmp_path / "a.mp4", tmp_path / "progress"
-    with open(progress, "w") as err:
-        process = subprocess.Popen(
-            [sys.executable, "sample.py", "x", "--ckpt", micro, "--frames", "4000", "--overlap=2", "--steps=5",
-             "--out", path], cwd=ROOT, stderr=err, env=ONE_THREAD)
-        while not any(f"| {n}/" in progress.read_text() for n in range(30, 10_000)) and process.poll() is None:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+def test_ctrl_c_keeps_what_is_finished(processes, micro, tmp_path):
+    path = tmp_path / "a.mp4"
+    processes.start(["sample.py", "x", "--ckpt", micro, "--frames", 4000, "--overlap=2", "--steps=5", "--out", path],
+                    target=command)
+    (process,), progress = processes.all, processes.log
+    while not (progress.exists() and re.search(r"\| ([3-9]\d|\d{3,})/", progress.read_text())) and process.is_alive():
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert processes.wait() == [130]
     said = progress.read_text()
     assert "Traceback" not in said and f"warning: stopped early: {path} has the first " in said
     with av.open(str(path)) as file:

@@ -84,7 +84,7 @@ log_every = 1
 
 
 @pytest.fixture(scope="module")
-def prepared(world, micro, tmp_path_factory):
+def prepared(warm, world, micro, tmp_path_factory):
     """A folder with the configs of a small ablation, and what all its runs share."""
     folder, before = tmp_path_factory.mktemp("ablation"), micro
     base = runs.STUDIES["paper"].base

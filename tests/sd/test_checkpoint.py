@@ -4,15 +4,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import diffusers
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT
 from references import FAMILIES, error, inputs, reference, save_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -585,29 +582,28 @@ def test_missing_files_are_not_taken_for_repositories(path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
-CHILD = """
-import sys, torch
-import open_clip.transformer  # imported by the text tower: part of the baseline, not of loading
-from sd.checkpoint import load, model_tensors
 
-def memory(what):
+def memory(what: str) -> int:
+    """Bytes that this process has now, "VmRSS", or had at most, "VmHWM"."""
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
 
-before = memory("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-model = load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-for tensor in model_tensors(model).values():
-    tensor.sum()  # touched, so that what is only mapped counts as well
-result = sum(t.nbytes for t in model_tensors(model).values())
-print(memory("VmHWM") - before, result)
-"""
+
+def measure(path: str, wanted: str):
+    """In a process of its own: print the peak above what the interpreter has by itself, and the size of the result."""
+    before = memory("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts again from here
+    tensors = model_tensors(load(path, dtype=getattr(torch, wanted))).values()
+    for tensor in tensors:
+        tensor.sum()  # touched, so that what is only mapped counts as well
+    print(memory("VmHWM") - before, sum(t.nbytes for t in tensors))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures with Linux's /proc")
 @pytest.mark.parametrize("kind, stored, wanted", [
     ("safetensors", torch.float16, "float16"), ("safetensors", torch.float32, "float16"),
     ("safetensors", torch.float16, "float32"), ("ckpt", torch.float32, "bfloat16")])
-def test_memory_while_loading(tmp_path, kind, stored, wanted):
+def test_memory_while_loading(processes, tmp_path, kind, stored, wanted):
     """The peak above the interpreter's own memory is at most 1.2 times the larger of file and result."""
     path = str(tmp_path / f"model.{kind}")
     with torch.device("meta"):
@@ -618,10 +614,8 @@ def test_memory_while_loading(tmp_path, kind, stored, wanted):
     save_file(tensors, path) if kind == "safetensors" else torch.save({"state_dict": tensors}, path)
     del tensors
 
-    child = subprocess.run([sys.executable, "-W", "ignore", "-c", CHILD, path, wanted], capture_output=True, text=True,
-                           env=os.environ | {"PYTHONPATH": ROOT})
-    assert child.returncode == 0, child.stderr
-    peak, result = map(int, child.stdout.split())
+    assert processes.run([path, wanted], target=measure) == [0], processes.log.read_text()
+    peak, result = map(int, processes.log.read_text().split()[-2:])
     larger = max(os.path.getsize(path), result)
     assert larger > 200e6 and peak < 1.2 * larger, f"{peak / larger:.2f} of {larger / 1e6:.0f} MB"
 
