@@ -132,6 +132,28 @@ def read_value(text: str, f: dataclasses.Field, kind):
     raise ValueError(f"must be {called(kind)}, got {text!r}")
 
 
+def read_fields(kind, texts: dict) -> dict:
+    """Options of a dataclass from the fields of a form: texts as read_value reads them, and switches; what is empty is
+    not given. Raises ValueError, beginning with the name of the field."""
+    about, hints, said = {f.name: f for f in dataclasses.fields(kind)}, typing.get_type_hints(kind), {}
+    for name, value in texts.items():
+        if value not in (None, "", False):
+            try:
+                said[name] = read_value(str(value), about[name], hints[name]) if isinstance(value, str) else value
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from error
+    return said
+
+
+def as_text(name: str, value):
+    """The value of an option as `read_fields` takes it."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {text}" for key, text in value.items())
+    if isinstance(value, tuple):
+        return ("x" if name == "size" else ",").join(map(str, value))
+    return value if isinstance(value, bool) else "" if value is None else shown(value)
+
+
 def shaped(value, kind):
     """A literal as an option of a type holds it: lists become tuples, whole numbers floats where those are wanted."""
     if isinstance(value, list):

@@ -6,14 +6,18 @@ The page is a single file without scripts, which loads nothing: it can be kept, 
 """
 
 import base64
+import io
 import os
 import tempfile
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from cli import write_text
-from clips.write import claim_paths, read_metadata
+from clips.write import claim_paths, read_metadata, write_gif
 
 KINDS = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 PAGE = """<!doctype html>
@@ -46,8 +50,19 @@ def media_tag(data: bytes, kind: str, width: int) -> str:
     small = ' class="small"' if width < 180 else ""
     about = f'src="data:{KINDS[kind]};base64,{base64.b64encode(data).decode()}"{small}'
     if kind == ".mp4":  # browsers start muted clips alone
-        return f"<video {about} autoplay loop muted playsinline controls></video>"
+        return f"<video {about} autoplay loop muted playsinline></video>"
     return f'<img {about} alt="">'
+
+
+def image_tag(image: Image.Image) -> str:
+    image.save(data := io.BytesIO(), "PNG")
+    return media_tag(data.getvalue(), ".png", image.width)
+
+
+def clip_tag(frames: np.ndarray, fps: float) -> str:
+    """HTML of frames (T, H, W, 3) as an animated picture."""
+    write_gif(data := io.BytesIO(), iter(frames), fps, b"")
+    return media_tag(data.getvalue(), ".gif", frames.shape[2])
 
 
 def figure(path: str) -> str:

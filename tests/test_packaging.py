@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 OURS = {path.stem for path in (*Path(ROOT).iterdir(), *Path(ROOT, "tests").rglob("*.py"))}  # files and folders
-ASKED_FOR = {"wandb", "deepspeed", "decord", "torchcodec"}  # whoever wants it is told what to install
+ASKED_FOR = {"wandb", "deepspeed", "decord", "torchcodec", "gradio"}  # whoever wants it is told what to install
 
 
 def requirements(extra: str | None) -> dict[str, str]:
