@@ -8,16 +8,18 @@ from test_fvd import write_clips
 
 from clips.filter import spaced_frames
 
+CLIP = "ViT-S-32-alt"  # one of open_clip's smallest
+
 
 def test_clip_score_is_open_clips(run, tmp_path):
     """By hand: 100 x the cosine of normed features, mean over frames, then over videos. Random weights, from a file."""
     torch.manual_seed(0)
-    model, _, preprocess = open_clip.create_model_and_transforms("RN50")
+    model, _, preprocess = open_clip.create_model_and_transforms(CLIP)
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     write_clips(tmp_path / "clips", np.random.default_rng(0), count=2)
     prompts = ["a red circle", "snow on a mountain"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    done = run("lab.evals.clip", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt", "--model", "RN50",
+    done = run("lab.evals.clip", tmp_path / "clips", "--prompts", tmp_path / "prompts.txt", "--model", CLIP,
                "--pretrained", tmp_path / "clip.pt", "--frames", 4)
     assert done.returncode == 0, done.stderr
     model.eval()
@@ -25,7 +27,7 @@ def test_clip_score_is_open_clips(run, tmp_path):
     for n, prompt in enumerate(prompts):
         frames = spaced_frames(str(tmp_path / "clips" / f"{n:03d}.mp4"), 4)
         with torch.no_grad():
-            text = model.encode_text(open_clip.get_tokenizer("RN50")([prompt]))[0]
+            text = model.encode_text(open_clip.get_tokenizer(CLIP)([prompt]))[0]
             images = [model.encode_image(preprocess(frame)[None])[0] for frame in frames]
         expected.append(np.mean([100 * torch.cosine_similarity(image, text, dim=0).item() for image in images]))
     assert float(done.stdout.split()[2]) == pytest.approx(np.mean(expected), abs=0.006)

@@ -28,13 +28,13 @@ def test_true_renders_get_full_marks(monkeypatch):
             yield toy.draw(color, shape, background, toy.trajectory(direction, times, rng))
 
     monkeypatch.setattr(evaluate, "sample_all", render)
-    report = evaluate.grade_prompts(None, "test", 2, Request())
-    assert report.videos == 12 * 4 * 2 and report.wrong_cuts == 0 and not report.failures
+    report = evaluate.grade_prompts(None, "test", 1, Request())
+    assert report.videos == 12 * 4 and report.wrong_cuts == 0 and not report.failures
     assert set(report.right) == set(evaluate.ANSWERS) and set(report.right.values()) == {report.videos}
-    far = evaluate.trajectory_distances(report.tracks, "test", 2, fps=8)
+    far = evaluate.trajectory_distances(report.tracks, "test", 1, fps=8)
     assert far["model"] < 1.2 * far["true"]
     report.tracks[:, :32] += 5  # px
-    assert evaluate.trajectory_distances(report.tracks, "test", 2, fps=8)["model"] > far["model"] + 32 * 20
+    assert evaluate.trajectory_distances(report.tracks, "test", 1, fps=8)["model"] > far["model"] + 32 * 20
     for fps, (speed, seen, _) in evaluate.grade_fps(None, "val", (4, 8, 15, 30), Request()).items():
         assert speed == pytest.approx(10 / fps, rel=0.02) and seen == 1
 
