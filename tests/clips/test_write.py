@@ -12,7 +12,7 @@ from PIL import Image
 
 from clips.decode import frames_at, opened
 from clips.pictures import View, fit_frame
-from clips.write import claim_paths, contact_sheet, playback_fps, write_video
+from clips.write import claim_paths, contact_sheet, playback_fps, read_metadata, write_video
 
 
 @pytest.mark.parametrize("fps", [0.5, 4, 8, 29.97, 60, 120])
@@ -48,6 +48,16 @@ def test_gif_and_png(tmp_path):
     with Image.open(tmp_path / "v.png") as png:
         assert json.loads(png.text["comment"]) == {"seed": 1}
         assert (np.asarray(png) == contact_sheet(video)).all()
+
+
+def test_settings_are_read_from_json_too(tmp_path):
+    path = tmp_path / "v.json"
+    path.write_text('{"prompt": "ein Kreis \u26aa", "seed": 3}', encoding="utf-8")
+    assert read_metadata(str(path)) == {"prompt": "ein Kreis \u26aa", "seed": 3}
+    for damaged in (b"[1]", b"\xff\xfe", b"{", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="carries no settings|cannot be used"):
+            read_metadata(str(path))
 
 
 def test_contact_sheet_reads_left_to_right():
