@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from grid import largest_factor
 from lab.toy.world import BACKGROUNDS, COLORS, DIRECTIONS, EXTENT, SHAPES, SIZE, coverage
@@ -52,7 +51,7 @@ def grade(video, grid=None) -> Grade:
     ring = np.concatenate([video[:, 0], video[:, -1], video[:, 1:-1, 0], video[:, 1:-1, -1]], axis=1)  # (T, ., 3)
     backdrop = np.median(ring, axis=1)  # (T, 3)
     away = video - backdrop[:, None, None]
-    distance = np.sqrt((away**2).sum(-1))  # (T, H, W)
+    distance = np.sqrt(np.einsum("...c,...c->...", away, away))  # (T, H, W)
     body, found, crowded = find_bodies(distance, scale)
     answer = Grade(None, None, None, name_of(ring.reshape(-1, 3), BACKGROUNDS), bool(crowded.any()),
                    np.full((frames, 2), np.nan), math.nan, np.full(frames, np.nan), np.full((frames, 3), np.nan))
@@ -64,7 +63,7 @@ def grade(video, grid=None) -> Grade:
     depth = box_mean(body & (distance > half), max(1, round(2 * scale)))
     core = body & (depth >= 0.95 * depth.max((1, 2), keepdims=True))
     paint = np.median(video[core], axis=0) - backdrop[:, None, None]  # (T, 1, 1, 3), from the background to the shape
-    covered = np.clip((away * paint).sum(-1) / (paint**2).sum(-1).clip(1), 0, 1)
+    covered = np.clip(np.einsum("...c,...c->...", away, paint) / (paint**2).sum(-1).clip(1), 0, 1)
     covered *= box_mean(body, max(1, round(scale))) > 0  # the shape and its soft outline, none of the noise elsewhere
     found &= covered.sum((1, 2)) > (SPECK * scale)**2
     answer.wrong_cut |= is_cut((distance > half).reshape(cols, rows, height, width))
@@ -112,10 +111,10 @@ def components(mask):
 
 def box_mean(images, radius: int):
     """Mean of the square of 2 radius + 1 pixels around each pixel of images (T, H, W), zero outside."""
+    (_, height, width), side = images.shape, range(2 * radius + 1)
     images = np.pad(images, ((0, 0), (radius, radius), (radius, radius)))
-    for axis in (1, 2):
-        images = sliding_window_view(images, 2 * radius + 1, axis).mean(-1)
-    return images
+    lines = sum(images[:, i : i + height] for i in side) / len(side)
+    return sum(lines[..., i : i + width] for i in side) / len(side)
 
 
 def is_cut(solid) -> bool:
