@@ -153,7 +153,6 @@ def assemble(source: Source, device, dtype, motion: str | None = None) -> Model:
     for part, module in model.parts().items():
         module.load_state_dict(states[part], assign=True)
         module.eval()
-    model.text.model.attn_mask = model.text.model.build_causal_mask().to(device)  # the one tensor that no file holds
     return model
 
 

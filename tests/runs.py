@@ -123,7 +123,7 @@ class Processes:
 def warm_up():
     """Start the fork server, with all imports done, also what our modules import late -> its context."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runs", "open_clip"])
+    context.set_forkserver_preload(["runs"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.path.dirname(os.path.abspath(__file__))]))
         forkserver.ensure_running()

@@ -34,7 +34,7 @@ def test_every_module_is_there_without_what_windows_lacks():
     """What torch and others import of it themselves is there already: hidden is what they, too, can do without."""
     hidden = [f"{module}.{name}" for module, names in NAMES_OF_SOME.items() for name in names]
     names = [name for name in NAMES.values() if name and not name.startswith("lab.bench.peers")]
-    code = "import torch, open_clip, av, PIL.Image, tqdm, multiprocessing.util\n" + WINDOWS.format(
+    code = "import torch, av, PIL.Image, tqdm, multiprocessing.util\n" + WINDOWS.format(
         modules=sorted(MODULES), hidden=sorted(hidden), root=ROOT, names=names)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "all there\n", done.stderr[-2000:]

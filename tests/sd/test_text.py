@@ -2,10 +2,13 @@
 
 import gzip
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from references import error, shake
+from runs import ROOT
 
 from sd.text import TextConfig, TextEncoder
 
@@ -46,6 +49,38 @@ def test_tokens_are_those_of_transformers(clip_tokenizer, pad_id, pad):
         # padding with "!" makes every "!" of a prompt a special token too, in transformers: not in the original SD 2
         assert pad in prompt or ours == theirs, prompt
     assert [bool(c) for c in cut] == [len(text) > 150 for text in NASTY]
+
+
+def test_a_model_needs_none_of_what_open_clip_brings():
+    """Nor torch's compiler, which drawing weights on "meta" would bring: seconds of imports."""
+    code = ("import sys, sample, sd; sd.load(sample.SHIPPED).text.encode(['a red circle']); "
+            "print(*{'open_clip', 'torchvision', 'transformers', 'torch._dynamo'} & sys.modules.keys())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "\n" and not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("quick, projection", [(False, 128), (True, 0)])
+def test_the_tower_is_open_clips_to_the_bit(quick, projection):
+    from open_clip.transformer import QuickGELU, TextTransformer
+
+    cfg = TextConfig(width=64, heads=2, layers=3, skip_last=0, quick_gelu=quick, projection=projection)
+    theirs = shake(TextTransformer(77, 49408, 64, 2, 3, output_dim=projection or None, pool_type="none",
+                                   act_layer=QuickGELU if quick else torch.nn.GELU)).eval()
+    ours = TextEncoder(cfg).eval()
+    ours.model.load_state_dict(theirs.state_dict())
+    theirs.text_projection = None
+    tokens, _ = ours.tokenize(NASTY)
+    with torch.no_grad():
+        assert torch.equal(ours(tokens), theirs(tokens))
+
+
+def test_a_fresh_tower_is_spread_as_open_clips_but_for_its_tokens():
+    from open_clip.transformer import TextTransformer
+
+    ours = TextEncoder(TextConfig(width=128, heads=2, layers=4, projection=96)).model.state_dict()
+    for name, theirs in TextTransformer(77, 49408, 128, 2, 4, output_dim=96).state_dict().items():
+        expected = {"token_embedding.weight": 1, "positional_embedding": 0.1}.get(name, theirs.std())
+        assert ours[name].std() == pytest.approx(float(expected), rel=4 * theirs.numel() ** -0.5), name
 
 
 def test_text_tower_is_transformers(pair):
