@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,14 +26,15 @@ from torch.nn.parallel import DistributedDataParallel
 import cli
 import sd
 from beyond.frames import KINDS, UNKNOWN, draw_given, known_frames
+from clips.samples import first_clips
 from clips.write import write_video
 from data import Batch, Faults, Stream, batches, generator
 from grid import fold, frame_of_pixel, grid_shape
 from sample import NoiseSchedule, Request, generate
 from sd.device import NotFinite, check_memory, pick_dtype, precision
 from training.checkpoints import claimed, load_run, newest_whole, save_run
-from training.config import Config, read_config
-from training.dry_run import dry_run
+from training.config import Config, in_parts, read_config
+from training.dry_run import announce, dry_run
 from training.log import Log, commit, stamped
 from training.low_rank import save_lora
 from training.offload import OffloadAdamW
@@ -105,6 +107,7 @@ class UNetTask:
     def __init__(self, cfg: Config, model: sd.Model, lists: dict[str, str], ranks: Ranks):
         self.cfg, self.model, self.ranks = cfg, model, ranks
         clips = open_clips(cfg, model, lists, ranks.device)
+        self.data = clips.data
         self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.seed, ranks.rank, ranks.world, cfg.drop_caption,
                              cfg.validation)
         self.module = Denoising(model, cfg, model.text if clips.empty_context is None else None)
@@ -156,17 +159,23 @@ class UNetTask:
         return self.model
 
     def sheet(self, model: sd.Model):
-        """Samples of the config's prompts, a row of frames each: uint8 (N, H, W, 3); None where there are none."""
-        if not self.cfg.prompts:
+        """Samples of the config's prompts, a row of frames each, then the pairs of `sheet_clips`: uint8 (N, H, W, 3);
+        None where there are none."""
+        clips = first_clips(self.stream.clips, self.cfg.sheet_clips)
+        prompts = (*self.cfg.prompts, *(clip.caption for clip in clips))
+        if not prompts:
             return None
         try:
             with precision(getattr(torch, self.cfg.dtype), self.ranks.device):
-                videos = generate(model, Request(self.cfg.prompts), seeds=range(len(self.cfg.prompts)),
+                videos = generate(model, Request(prompts), seeds=range(len(prompts)),
                                   progress=lambda *_: self.ranks.at("samples"))
         except NotFinite as error:  # no reason to end a run
             cli.warn(f"no sheet of samples: {error}")
             return None
-        return videos.reshape(-1, *videos.shape[2:])
+        rows, made = list(videos[: len(self.cfg.prompts)]), videos[len(self.cfg.prompts) :]
+        for clip, video in zip(clips, made):
+            rows += [clip.seen(model.vae), video]
+        return np.concatenate(rows)
 
     @staticmethod
     def example(cfg: Config, model: sd.Model):
@@ -244,7 +253,7 @@ def run(cfg: Config, ranks: Ranks, task):
     scale, start, logged = LossScale(cfg.dtype == "float16"), 0, None
     path = ranks.from_rank_0("checkpoint", lambda: newest_whole(cfg))
     if path:
-        start, logged = load_run(cfg, ranks, path, module, optimizer, scale)
+        start, logged = load_run(cfg, ranks, path, module, optimizer, scale, task.data)
         print(f"resume from {path}", flush=True)
     log = Log(cfg, ranks, start, logged)
     task.begin(start * cfg.accumulate, cfg.max_steps * cfg.accumulate)
@@ -272,7 +281,7 @@ def run(cfg: Config, ranks: Ranks, task):
                 log.time += time.time() - began  # no part of the steps' speed
             if done % cfg.save_every == 0 or last or stopped:
                 with ranks.patient("checkpoint"):  # a slow disk is no reason to end the job
-                    save_run(cfg, ranks, done, module, optimizer, scale, log)
+                    save_run(cfg, ranks, done, module, optimizer, scale, log, task.data)
             if stopped or last:
                 ranks.together()  # torchrun, or NCCL, ends whoever is still saving
             if stopped:
@@ -343,8 +352,11 @@ def validate(cfg: Config, ranks: Ranks, task) -> dict[str, float]:
 
 
 def main():
-    cfg = read_config(sys.argv[1:], __doc__)
-    dry_run(cfg, TASKS[cfg.train].example) if cfg.dry_run else train(cfg)
+    parts = [(cfg, TASKS[cfg.train].example) for cfg in in_parts(read_config(sys.argv[1:], __doc__))]
+    if len(parts) > 1:
+        announce(parts)
+    for cfg, example in parts:
+        dry_run(cfg, example) if cfg.dry_run else train(cfg)
 
 
 if __name__ == "__main__":

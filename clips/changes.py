@@ -54,6 +54,14 @@ def hash64(what) -> int:
     return int.from_bytes(blake2b(repr(what).encode(), digest_size=8).digest(), "big")
 
 
+def hash_of(*arrays: np.ndarray) -> str:
+    """One hash of several arrays, as text."""
+    found = blake2b(digest_size=16)
+    for array in arrays:
+        found.update(np.ascontiguousarray(array))
+    return found.hexdigest()
+
+
 def hexes(made: np.ndarray) -> str:
     """Hashes as 16 hexadecimal digits each, which `from_hexes` reads (N, 2)."""
     return made.astype(">u8").tobytes().hex()

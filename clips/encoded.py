@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cli import check, one_line, read_json
-from clips.changes import compared, from_hexes, made_from
+from clips.changes import compared, from_hexes, hash_of, made_from
 from clips.decode import Bad
 from clips.lists import Items, Records, is_text
 from clips.samples import SOURCES, Sample, Spec
@@ -114,6 +114,12 @@ class EncodedClips:
         if not all(start and start[4] for start in starts):
             return None
         return from_hexes(b"".join(start[4] for start in starts).decode())
+
+    @property
+    def data(self) -> str | None:
+        """A hash of what all items were made from; None in folders of earlier versions."""
+        made = [self.made(source) for source in SOURCES if self.count(source)]
+        return None if any(part is None for part in made) else hash_of(*made)
 
     def changes(self, lists: dict[str, str]) -> Counter | None:
         """How many items of lists, source -> list, changed since they were encoded, see clips/changes.py."""

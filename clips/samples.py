@@ -10,7 +10,7 @@ random choice of a sample is a function of (seed, source, item, fps, k), so that
 
 import os
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from clips.decode import VIDEO_FPS, Bad, Video, frames_at, opened, usable_fps
 from clips.lists import Item, Items, image_names
 from clips.pictures import View, fit_frame, fit_image, read_color
+from sd.vae import to_uint8
 
 SOURCES = ("video", "label", "caption")
 LABEL_FPS, CAPTION_FPS = 0, 120
@@ -57,12 +58,22 @@ class Sample:
     skipped: tuple = ()  # (path, reason) of images of a label that could not be read
     context: torch.Tensor | None = None  # (L, D), when encoded ahead
 
+    @torch.no_grad()
+    def seen(self, vae) -> np.ndarray:
+        """The frames as pictures, uint8 (T, H, W, 3): what the VAE makes of their moments where they are encoded."""
+        if not self.data.is_floating_point():
+            return self.data.permute(0, 2, 3, 1).numpy()
+        mean = self.data.chunk(2, dim=1)[0].to(vae.quant_conv.weight)
+        return to_uint8(vae.decode(mean)).cpu().numpy()
+
 
 class LiveClips:
     """Samples that are decoded when they are asked for; the training process makes latents of them.
 
     lists  source -> list
     """
+
+    data = None  # no hash: at each step clips are read as they are then
 
     def __init__(self, lists: dict[str, str], spec: Spec):
         self.items = {source: Items(source, path, spec.captions) for source, path in lists.items()}
@@ -81,6 +92,17 @@ class LiveClips:
             offered = offered_fps(source, video, self.spec)
             fps, k = offered[int(u * len(offered))], int(v * self.spec.repeats(source))
             return read_sample(source, i, item, video, self.spec, fps, k)
+
+
+def first_clips(clips, count: int) -> list[Sample]:
+    """The first samples of videos, one a clip, that can be used; from LiveClips or EncodedClips."""
+    found = []
+    for i in range(clips.count("video")):
+        if len(found) == count:
+            break
+        with suppress(Bad):
+            found.append(clips.sample("video", i, 0, 0))
+    return found
 
 
 def video_of(source: str, item: Item):

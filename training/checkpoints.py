@@ -32,13 +32,15 @@ def claimed(cfg: Config, ranks: Ranks):
         yield
 
 
-def save_run(cfg: Config, ranks: Ranks, step: int, module, optimizer: OffloadAdamW, scale, log):
+def save_run(cfg: Config, ranks: Ranks, step: int, module, optimizer: OffloadAdamW, scale, log, data: str | None):
     """Write a checkpoint, then remove all but the newest `keep`. Every rank must call it.
+
+    data  a hash of what the run trains on, where there is one
 
     Raises OSError when it cannot be written; the checkpoints before it stay whole.
     """
     state = {"step": step, "config": asdict(cfg), "module": module.state_dict(), "optimizer": optimizer.state_dict(),
-             "scale": vars(scale), "log": log.state(), "samples": samples_a_step(cfg, ranks)}
+             "scale": vars(scale), "log": log.state(), "samples": samples_a_step(cfg, ranks), "data": data}
     if ranks.rank:
         return
     with beside(os.path.join(cfg.out_dir, f"step-{step:08d}.pt")) as part:
@@ -57,6 +59,12 @@ def samples_a_step(cfg: Config, ranks: Ranks) -> int:
 def run_checkpoints(out_dir: str) -> list[str]:
     """Paths of the checkpoints in a folder, oldest first."""
     return sorted(os.path.join(out_dir, name) for name in os.listdir(out_dir) if re.fullmatch(r"step-\d+\.pt", name))
+
+
+def steps_done(out_dir: str) -> int:
+    """The steps of the newest checkpoint in a folder, by its name; 0 without any."""
+    found = run_checkpoints(out_dir) if os.path.isdir(out_dir) else []
+    return int(os.path.basename(found[-1])[len("step-") : -len(".pt")]) if found else 0
 
 
 def is_whole(path: str) -> bool:
@@ -84,12 +92,16 @@ def newest_whole(cfg: Config) -> str:
     return ""
 
 
-def load_run(cfg: Config, ranks: Ranks, path: str, module, optimizer: OffloadAdamW, scale):
-    """Take up what save_run wrote -> (steps done, the log's state). Raises ValueError when it is of another model.
+def load_run(cfg: Config, ranks: Ranks, path: str, module, optimizer: OffloadAdamW, scale, data: str | None):
+    """Take up what save_run wrote -> (steps done, the log's state). Raises ValueError when it is of another model, or
+    of other data.
 
     The file is mapped: there is no second copy in memory.
     """
     state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if data and state.get("data", data) not in (None, data):
+        raise ValueError(f"{path} was trained on other clips or captions than there are now: choose another out_dir, "
+                         f"or remove {cfg.out_dir}")
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])

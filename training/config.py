@@ -3,7 +3,7 @@
 import ast
 import os
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import cli
 from cli import option
@@ -23,7 +23,8 @@ class Config:
     train: str = option("unet", "the denoiser on latents, or the autoencoder on frames", choices=("unet", "vae"))
     model: str = option("tiny", "architecture of a model that starts from nothing", choices=tuple(PRESETS))
     init: str = option("", "the checkpoint to start from; without, random weights")
-    vae: str = option("", "the checkpoint to take the VAE and its latent scale from, when not `init`")
+    vae: str = option("", "the checkpoint to take the VAE and its latent scale from, when not `init`; or a config of "
+                      "train = \"vae\", whose run makes it first")
     layout: str = option("", "how the tokens of a clip meet; without, what the checkpoint says, or grid",
                          choices=("", *LAYOUTS))
     layout_options: dict = option({}, "of the layout, where it is chosen here, like {'positions': 256}")
@@ -110,6 +111,8 @@ class Config:
     timeout: float = option(600.0, "seconds without progress after which a rank ends the job", above=0,
                             high=1e6)
     prompts: tuple[str, ...] = option((), "of the sheet")
+    sheet_clips: int = option(0, "clips of the sheet: what the VAE keeps of them, above what is made of their captions",
+                              low=0, high=100)
     licence: str = option("", "of the data and the base weights, for the file's header")
     wandb_log: bool = option(False, "to Weights & Biases too: the same numbers as in metrics.jsonl")
     wandb_project: str = option("etc", "there")
@@ -137,6 +140,24 @@ def read_config(arguments: list[str], description="") -> Config:
     cfg = Config(**{f.name: given[f.name] for f in fields(Config)})
     check_config(cfg)
     return cfg
+
+
+# what a run has in common with the one that makes its VAE
+SHARED = ("init", "toy", "toy_clips", "toy_images", "toy_captioned", "toy_moving", "video", "label", "caption", "mix",
+          "frames", "width", "height", "fps_values", "random_crop", "flip", "background", "captions", "dtype", "resume",
+          "timeout", "dry_run")
+
+
+def in_parts(cfg: Config) -> list[Config]:
+    """The runs that a config asks for, in their order: where `vae` is a config, the one that makes the VAE, in a folder
+    of the other's; then its own. Raises ValueError or OSError where that is no config of a VAE."""
+    if not cfg.vae.endswith(".py"):
+        return [cfg]
+    first = read_config([cfg.vae])
+    if cfg.train != "unet" or first.train != "vae" or first.vae:
+        raise ValueError(f"vae must be a checkpoint, or a config of train = \"vae\" for one of \"unet\", got {cfg.vae}")
+    first = replace(first, out_dir=os.path.join(cfg.out_dir, "vae"), **{name: getattr(cfg, name) for name in SHARED})
+    return [first, replace(cfg, vae=os.path.join(first.out_dir, "model.safetensors"))]
 
 
 def portable(value):

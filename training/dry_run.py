@@ -1,8 +1,9 @@
-"""Say what a run will need, before anyone spends a night on it.
+"""Say what a run will need, before anyone spends a night on it; and of a run in parts, how long each of them takes.
 
     python train.py CONFIG --dry_run
 """
 
+import math
 import os
 import sys
 import time
@@ -10,11 +11,16 @@ from dataclasses import replace
 
 import torch
 
+from clips.decode import Bad
+from clips.encode import all_samples
 from clips.encoded import EncodedClips
 from clips.lists import Items
+from sd import Settings, build
 from sd.device import free_memory, pick_dtype
 from sd.presets import ModelConfig
+from sd.vae import encode_frames
 from training.account import device_memory, host_memory, setting, shape_of, with_layout
+from training.checkpoints import steps_done
 from training.config import Config
 from training.offload import OffloadAdamW
 from training.setup import data_lists, loss_of, sample_spec
@@ -150,3 +156,62 @@ def seconds_a_step(cfg: Config, example, shape: ModelConfig, device) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run in parts
+
+
+def announce(parts):
+    """Say what several runs do one after the other, and how long each takes by a trial of its steps, of its first clips
+    and of a sheet. Under torchrun rank 0 does.
+
+    parts  (config, example) of each
+    """
+    if int(os.environ.get("RANK", 0)):
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    whole, knew = 0, os.path.basename(parts[-1][0].init)
+    for n, (cfg, example) in enumerate(parts, 1):
+        cfg = replace(with_layout(cfg), dtype=str(pick_dtype(cfg.dtype, device)).removeprefix("torch."))
+        around = seconds_of_clips(cfg) + seconds_of_sheets(cfg, example, device)
+        steps = max(0, cfg.max_steps - steps_done(cfg.out_dir))
+        step = seconds_a_step(cfg, example, shape_of(cfg), device)
+        what = "VAE" if cfg.train == "vae" else "UNet and text tower" if cfg.train_text else "UNet"
+        print(f"part {n} of {len(parts)}: the {what}, {steps:,} steps of {step:.2f} s and {around:.0f} s for clips and "
+              f"sheets, {(steps * step + around) / 60:.0f} min; {cfg.out_dir}", flush=True)
+        whole += steps * step + around
+    print(f"in all {whole / 60:.0f} min. It learns your clips and forgets what {knew} could draw: nothing of that is "
+          "trained along", flush=True)
+
+
+def seconds_of_clips(cfg: Config) -> float:
+    """Seconds to read the clips of a run, and to encode them where it is ahead, by the first of each list."""
+    vae, spec, seconds = build(shape_of(cfg), Settings()).vae, sample_spec(cfg), 0.0
+    if cfg.encoded and os.path.exists(cfg.encoded):
+        return seconds
+    for source, path in data_lists(cfg, render=False).items():
+        items, began = Items(source, path, cfg.captions), time.perf_counter()
+        found = [sample for _, _, sample in all_samples(items, 0, spec) if not isinstance(sample, Bad)]
+        if cfg.train == "unet":
+            for sample in found:
+                encode_frames(vae, sample.data)
+        share = 1 / len(found) if cfg.train == "vae" and found else 1  # it reads each clip once
+        seconds += (time.perf_counter() - began) * share * len(items)
+    return seconds
+
+
+def seconds_of_sheets(cfg: Config, example, device) -> float:
+    """Seconds to sample all sheets of a run, by one forward pass."""
+    if cfg.train == "vae":
+        return 0.0
+    with device:
+        module, batch, _ = setting(cfg, example, shape_of(cfg))
+    seconds = []
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            loss_of(cfg, module, batch, device)
+            seconds.append(time.perf_counter() - began)
+    forwards = 2 * Settings().sampling_steps * (len(cfg.prompts) + cfg.sheet_clips) / cfg.batch_size
+    return min(seconds) * forwards * math.ceil(cfg.max_steps / cfg.sheet_every)

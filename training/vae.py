@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cli import warn
+from clips.changes import hash_of
 from clips.decode import Bad
 from clips.lists import Items
 from clips.samples import Spec, offered_fps, read_sample, video_of
@@ -49,6 +50,7 @@ class VAETask:
         if cfg.validation:
             held_out = slice(-cfg.validation, None)
             self.held_out = frame_pool(lists, cfg.validation * len(lists), spec, held_out)
+        self.data = hash_of(self.pool.numpy())
         factor = model.vae.cfg.downsampling
         self.latent = model.vae.cfg.latent_channels, cfg.height // factor, cfg.width // factor
 

@@ -1,6 +1,7 @@
 """training/config.py: what a config may hold, and what is said of one that holds something else."""
 
 import ast
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, here
 
-from training.config import Config, portable, read_config
+from training.config import Config, in_parts, portable, read_config
 
 CI = f"{ROOT}/configs/ci.py"
 CONFIGS = sorted(Path(ROOT, "configs").rglob("*.py"))
@@ -27,6 +28,18 @@ def test_overrides_go_last():
     cfg = read_config(["--dry_run", CI, "--resume=false", "--video", "mine.csv", "--frames", "9"])
     assert (cfg.dry_run, cfg.resume, cfg.video, cfg.frames) == (True, False, "mine.csv", 9)
     assert type(cfg) is Config
+
+
+def test_a_config_of_a_vae_is_a_run_of_its_own():
+    """It has the clips of the run that asks for it, not its steps."""
+    cfg = read_config([f"{ROOT}/configs/mine.py", "--video=cats", "--background=red", "--max_steps=7", "--out_dir=x"])
+    first, last = in_parts(dataclasses.replace(cfg, vae=f"{ROOT}/configs/mine_vae.py"))
+    assert (first.video, first.background, first.out_dir, first.train) == ("cats", "red", "x/vae", "vae")
+    assert first.max_steps == read_config([f"{ROOT}/configs/mine_vae.py"]).max_steps
+    assert dataclasses.replace(last, vae=cfg.vae) == cfg and last.vae == "x/vae/model.safetensors"
+    assert in_parts(read_config([CI])) == [read_config([CI])]
+    with pytest.raises(ValueError, match='vae must be a checkpoint, or a config of train = "vae"'):
+        in_parts(read_config([CI, f"--vae={CI}"]))
 
 
 def test_configs_apply_in_order(tmp_path):

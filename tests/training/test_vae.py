@@ -1,15 +1,19 @@
 """training/vae.py: the autoencoder's loss, its frames, and a run."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from footage import write_clip
+from PIL import Image
 from runs import ROOT, ci_options, metrics, train_here
 
 import sd
+from clips.encoded import fingerprint
+from clips.lists import Items
 from clips.samples import Spec
 from training.config import read_config
 from training.setup import data_lists, make_model
@@ -69,6 +73,37 @@ def test_frames_that_cannot_be_used_are_told(bad_lists, tmp_path, capsys):
     assert capsys.readouterr().err.count("warning: skipped caption") == 2
     with pytest.raises(ValueError, match="no frame of .*videos.jsonl can be used"):
         frame_pool({"video": str(tmp_path / "videos.jsonl")}, 8, SPEC)
+
+
+def test_a_run_in_two_parts(world, run, tmp_path):
+    """The VAE's run goes first, and nothing stale is trained on: neither other clips nor other captions."""
+    shutil.copytree(world, tmp_path / "world")
+    (tmp_path / "vae.py").write_text('train = "vae"\nmodel = "micro"\nmax_steps = 2\nbatch_size = 2\nframe_pool = 16')
+    options = [*ci_options(tmp_path / "world", tmp_path), f"--vae={tmp_path}/vae.py", "--max_steps=2", "--prompts=()",
+               "--sheet_clips=2", "--mix={'video': 1}"]
+    done = train_here(*options)
+    assert done.returncode == 0, done.stderr
+    for part in ("part 1 of 2: the VAE, 2 steps of ", "part 2 of 2: the UNet and text tower, 2 steps of ", "in all "):
+        assert part in done.stdout
+    first, last = (sd.load(f"{tmp_path}/run/{folder}model.safetensors") for folder in ("vae/", ""))
+    assert fingerprint(first.vae) == fingerprint(last.vae)
+    assert first.settings.latent_scale == last.settings.latent_scale != 1
+    with Image.open(tmp_path / "run" / "sheet-00000002.png") as sheet:  # two clips, and what is made of them
+        assert sheet.size == (4 * 34 - 2, 4 * 34 - 2)
+
+    videos = tmp_path / "world" / "videos.csv"
+    videos.write_text(videos.read_text().replace("moving", "going", 1))
+    done = train_here(*options)
+    assert done.returncode == 2 and "1 of 8 items changed since they were encoded (1 captions, 0 files)" in done.stderr
+    assert run("clips.encode", tmp_path / "encoded", "--ckpt", tmp_path / "run/model.safetensors", "--update",
+               "--video", videos).returncode == 0
+    done = train_here(*options)
+    assert done.returncode == 2 and "run/step-00000002.pt was trained on other clips or captions" in done.stderr
+    assert done.stdout.count(", 0 steps of ") == 2 and "step 2/2" not in done.stdout  # the VAE's run is finished
+    clips = Items("video", str(videos))
+    shutil.copy(clips[0].path, clips[1].path)
+    done = train_here(*options)
+    assert done.returncode == 2 and "run/vae/step-00000002.pt was trained on other clips or captions" in done.stderr
 
 
 def test_vae_trains(world, tmp_path):
