@@ -27,9 +27,10 @@ PRODUCT = sorted(path for path in Path(ROOT).rglob("*.py") if path.relative_to(R
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PRODUCT}
 ROOT_BUDGET, FILE_BUDGET = 1600, 400  # lines
 # lines that are neither blank nor a docstring: 6,000 for the paper's system and how it is measured; what came after it,
-# inputs of any kind (1,100), other ways to see time with the weights that exist for them (500), and given frames, long
-# videos and fast sampling with what grades them (500), stands on top
-CODE_BUDGET = 8100
+# inputs of any kind (1,100), other ways to see time with the weights that exist for them (500), given frames, long
+# videos and fast sampling with what grades them (500), and the page, galleries, LoRA, shared prompts, animated pictures
+# and the text tower (900), stands on top
+CODE_BUDGET = 9000
 
 
 def floor(name: str) -> int:
