@@ -23,11 +23,11 @@ default_fps = 4
 guidance = 1.3
 eta = 1.0
 
-max_steps = 1500
+max_steps = 6000
 batch_size = 4
 lr = 3e-4
 warmup = 100
-cooldown = 1000
+cooldown = 4000
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01
@@ -36,6 +36,6 @@ validation = 32
 dtype = "auto"
 
 log_every = 50
-sheet_every = 500
-save_every = 500
+sheet_every = 2000
+save_every = 1000
 licence = "MIT, trained from nothing on the toy world"
