@@ -29,18 +29,18 @@ guidance = 2.0
 eta = 1.0
 
 # a hundred clips, again and again: many small steps
-max_steps = 2600
+max_steps = 1100
 batch_size = 4
-lr = 5e-4
-warmup = 100
-cooldown = 1600
+lr = 8e-4
+warmup = 50
+cooldown = 700
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01
-ema = 0.995
+ema = 0.99
 dtype = "auto"
 
 log_every = 50
-sheet_every = 1300
-save_every = 650
+sheet_every = 550
+save_every = 550
 sheet_clips = 6
