@@ -7,6 +7,7 @@ frames in 8x8 gray squares, the least over all times at which the clip could beg
 clips that it was not trained on, to the bit.
 """
 
+import math
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -60,7 +61,7 @@ def read_clips(items: Items, spec: Spec, count: int) -> list[Clip]:
                 offered = usable_fps(video.rate, video.duration, spec.frames, spec.fps_values)
                 if not offered:
                     raise Bad("too short")
-                times = np.arange(2 * int(video.duration * offered[0])) / 2 / offered[0]
+                times = np.arange(math.ceil(2 * video.duration * offered[0] - 1e-6)) / 2 / offered[0]
                 frames = [fit_frame(frame, video.aspect, spec.width, spec.height, view)
                           for frame in frames_at(video, times)]
             found.append(Clip(item.captions[0], offered[0], torch.stack(frames[::2]), torch.stack(frames[1::2])))

@@ -7,7 +7,9 @@ from footage import Drawn, animation
 from PIL import Image
 from runs import train_here
 
-from lab.evals.mine import Clip, distances, small, unseen
+from clips.lists import Items
+from clips.samples import Spec
+from lab.evals.mine import Clip, distances, read_clips, small, unseen
 
 
 def test_distances_are_the_least_over_starts():
@@ -30,6 +32,16 @@ def test_frames_that_were_trained_on_do_not_count():
     clips = [Clip("a", 8, pool, torch.cat([pool[2:4], pool[:1] + 9])), Clip("b", 8, pool, pool[:3])]
     (rest,) = unseen(clips, pool)
     assert rest.unique().tolist() == [9]
+
+
+def test_a_clip_has_the_frames_that_fit_into_it(tmp_path):
+    """Four at 8 FPS last from 0 to 0.375 s, and so fit into 0.4 s."""
+    frames = [Drawn(np.full((32, 32, 4), [50 * t, 0, 0, 255], np.uint8)) for t in range(4)]
+    for name in "ab":
+        (tmp_path / f"{name}.webp").write_bytes(animation("webp", 32, 32, frames))
+    items, spec = Items("video", str(tmp_path), "from_names"), Spec(frames=4, width=32, height=32, fps_values=(8,))
+    clips = read_clips(items, spec, 9)
+    assert [(len(clip.frames), len(clip.between)) for clip in clips] == [(4, 3)] * 2
 
 
 def test_a_model_of_three_stickers_is_graded(tmp_path, run, micro):
