@@ -101,7 +101,7 @@ class Server:
             return file_at(json.load(answer)[0])
 
     def seconds(self) -> float:
-        """Of the processor's time that the server has used."""
+        """Seconds of processor time that the server has used."""
         words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 

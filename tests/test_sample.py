@@ -291,7 +291,7 @@ def test_two_at_once_into_one_folder(processes, micro, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for scale in (1, 5):  # of so many steps that the second begins before the first has ended
-        processes.start(["sample.py", "x", "--ckpt", micro, "--steps", 30, "--out", out, "--guidance", scale],
+        processes.start(["sample.py", "x", "--ckpt", micro, "--steps", 99, "--out", out, "--guidance", scale],
                         target=command)
     assert processes.wait() == [0, 0]
     paths = [line for line in processes.log.read_text().splitlines() if line.endswith(".mp4")]
@@ -313,7 +313,7 @@ def test_an_interrupted_sampling_leaves_nothing(micro, tmp_path, monkeypatch, ru
 
 
 def test_ranks_share_the_prompts_and_make_the_same_files(processes, micro, tmp_path):
-    """Of the same names, though two prompts are called alike, and the same bytes; rank 0 alone talks."""
+    """The files have the same names, though two prompts are called alike, and the same bytes. Rank 0 alone talks."""
     (tmp_path / "p.txt").write_text("a cat!\na cat?\na dog\n")
     told = []
     for ranks in (1, 2):

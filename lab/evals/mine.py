@@ -23,9 +23,9 @@ from clips.lists import Items
 from clips.pictures import View, fit_frame
 from clips.samples import Spec
 from clips.write import write_video
+from lab.bench import timing
 from lab.metrics import psnr, wilson
 from sample import NoiseSchedule, Request, generate
-from sd.device import DTYPES, pick_device, pick_dtype
 from sd.vae import encode_frames
 from training.vae import frame_pool
 
@@ -108,14 +108,14 @@ def vae_psnr(model: sd.Model, frames: torch.Tensor) -> float:
 
 
 def unseen(clips: list[Clip], pool: torch.Tensor) -> list[torch.Tensor]:
-    """Of each clip the frames that are not in the pool, without clips that have none."""
+    """The frames of each clip that are not in the pool; clips that have none are left out."""
     known = {frame.numpy().tobytes() for frame in pool}
     rest = [[frame for frame in clip.between if frame.numpy().tobytes() not in known] for clip in clips]
     return [torch.stack(frames) for frames in rest if frames]
 
 
 @dataclass
-class Options:
+class Options(timing.Options):
     video: str = option(None, "the clips that it was trained on", positional=True, metavar="LIST")
     ckpt: str = option("runs/mine/model.safetensors", "the model")
     clips: int = option(100, "at most", low=2)
@@ -126,9 +126,6 @@ class Options:
     guidance: float | None = option(None, "guidance scale (default: the model's)")
     eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
     sheet: str = option("", "a picture: each clip, and below it what is made of its caption", metavar="FILE.png")
-    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
-    dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
-                        choices=DTYPES)
 
 
 def main():
@@ -137,8 +134,7 @@ def main():
         raise ValueError(f"sheet must end in .png, got {o.sheet}")
     if o.sheet:
         check_writable(o.sheet)  # now, not after minutes
-    device = pick_device(o.device)
-    model = sd.load(o.ckpt, device, pick_dtype(o.dtype, device))
+    model = sd.load(o.ckpt, *o.place())
     spec = spec_of(model, o.captions)
     request = Request("any", sampler=o.sampler, steps=o.steps, guidance=o.guidance, eta=o.eta).resolve(model)
     clips = read_clips(Items("video", o.video, spec.captions), spec, o.clips)

@@ -23,10 +23,10 @@ import sd
 from cli import beside, check_writable, option, parse, run
 from clips.write import contact_sheet
 from lab import toy
+from lab.bench import timing
 from lab.evals import given
 from lab.metrics import Gaussian, frechet_distance, wilson
 from sample import SAMPLERS, SHIPPED, NoiseSchedule, Request, generate
-from sd.device import DTYPES, pick_device, pick_dtype
 
 ANSWERS = ("color", "shape", "direction", "background")
 
@@ -159,7 +159,7 @@ def ways(model: sd.Model, request: Request) -> dict[str, sd.Model]:
 
 
 @dataclass
-class Options:
+class Options(timing.Options):
     ckpt: str = option("", "the model (default: the tiny one that ships)")
     task: str = option("", "a task with given frames, or a prompt for every frame (default: a prompt alone)",
                        choices=("", *given.TASKS))
@@ -175,9 +175,6 @@ class Options:
     no_fps: bool = option(False, "leave out the table of motion against FPS")
     json: str = option("", "append the numbers to a JSON-lines file", metavar="FILE")
     failures: str = option("", "a picture of the videos that were graded wrong", metavar="FILE.png")
-    device: str = option("", "cuda, mps or cpu (default: the first of them that is there)")
-    dtype: str = option("auto", "precision; auto is float16 on cuda, bfloat16 on a CPU with units for it, else float32",
-                        choices=DTYPES)
 
 
 def main():
@@ -188,8 +185,7 @@ def main():
         check_writable(path)
     if o.fps and not o.task:
         raise ValueError(f"fps must come with a task, got {o.fps:g} alone")
-    device = pick_device(o.device)
-    dtype = pick_dtype(o.dtype, device)
+    device, dtype = o.place()
     model = sd.load(o.ckpt or SHIPPED, device, dtype)
     request = Request("any", fps=o.fps or given.FPS.get(o.task), sampler=o.sampler, steps=o.steps, guidance=o.guidance,
                       eta=o.eta).resolve(model)
