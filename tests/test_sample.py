@@ -329,8 +329,10 @@ def test_ranks_share_the_prompts_and_make_the_same_files(processes, micro, tmp_p
     assert told[0].splitlines()[1:] == [f"out/{name}.mp4" for name in ("a-cat-seed0", "a-cat-seed0-2", "a-dog-seed0")]
 
 
-def test_an_error_on_one_rank_ends_all_with_one_line(micro, tmp_path):
-    """The disk of rank 1 is full. What the others have finished stays, and nothing half done."""
+@pytest.mark.parametrize("torchruns", [True, False])
+def test_an_error_on_one_rank_ends_all_with_one_line(micro, processes, tmp_path, torchruns):
+    """The disk of rank 1 is full. What the others have finished stays, and nothing half done: also where no torchrun
+    ends rank 0, but its watchdog."""
     (tmp_path / "full.py").write_text(f"""
 import os, resource, runpy, sys
 if os.environ["RANK"] == "1":
@@ -339,13 +341,19 @@ sys.path.insert(0, {ROOT!r})
 sys.argv[0] = "sample.py"
 runpy.run_path("sample.py", run_name="__main__")
 """)
-    done = subprocess.run([*torchrun(2), tmp_path / "full.py", *"abcdefgh", "--ckpt", micro, "--steps", "1",
-                           "--out", tmp_path / "out" / "x.gif"], cwd=ROOT, env=ONE_THREAD, capture_output=True,
-                          text=True, timeout=LIMIT)
-    said = [line for line in done.stderr.splitlines() if line.startswith("sample.py: ")]
-    assert done.returncode == 1 and done.stdout == ""
-    assert said[0] == f"sample.py: {tmp_path}/out/x-001.gif cannot be written: File too large", done.stderr
-    assert all("rank 1 (last at: " in line for line in said[1:])
+    full = [tmp_path / "full.py", *"abcdefgh", "--ckpt", micro, "--steps", "1", "--out", tmp_path / "out" / "x.gif"]
+    if torchruns:
+        done = subprocess.run([*torchrun(2), *full], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True,
+                              timeout=LIMIT)
+        assert done.returncode == 1 and done.stdout == ""
+        lines = done.stderr.splitlines()
+    else:
+        assert processes.run(full, ranks=2, target=command) == [1, 1]
+        lines = processes.log.read_text().splitlines()
+    said = [line for line in lines if line.startswith("sample.py: ")]
+    told = f"sample.py: {tmp_path}/out/x-001.gif cannot be written: File too large"
+    assert said.count(told) == torchruns  # without torchrun the log is a file, too, and full for rank 1
+    assert all("rank 1 (last at: " in line for line in said if line != told), lines
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".gif" or "001" in path.name]
 
 

@@ -9,9 +9,11 @@ machine is gone.
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from _thread import interrupt_main
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -29,6 +31,7 @@ class Watchdog:
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
         self.progress, self.place = 0, "start"
         self.is_patient, self.failed = False, False
+        self.grace = 0.0  # seconds that the main thread has to clean up when the job ends: it sees a SIGTERM
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
@@ -107,6 +110,9 @@ class Watchdog:
         self.leave(f"{names} {fault}: the job ends")
 
     def leave(self, why: str):
-        """End this process, whatever its main thread waits for."""
+        """End this process, whatever its main thread waits for, after its grace."""
         print(f"{program()}: {why}", file=sys.stderr, flush=True)
+        if self.grace:
+            interrupt_main(signal.SIGTERM)
+            self.ended.wait(self.grace)  # until `stop`
         os._exit(1)
