@@ -59,10 +59,11 @@ class Stream:
 
     mix       source -> weight: in every sum(weights) consecutive samples each source appears `weight` times
     held_out  how many items at the end of each source are kept for validation
+    start     position of the first sample
     """
 
     def __init__(self, clips, mix: dict[str, int], batch_size: int, seed=0, rank=0, world=1, drop_caption=0.1,
-                 held_out=0):
+                 held_out=0, start=0):
         self.pattern = [s for s, weight in mix.items() for _ in range(weight)]
         for source in self.pattern:
             if not clips.count(source):
@@ -72,7 +73,7 @@ class Stream:
                                  f"{source} samples")
         self.sizes = {source: clips.count(source) - held_out for source in self.pattern}
         self.clips, self.batch_size, self.drop_caption, self.held_out = clips, batch_size, drop_caption, held_out
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.start = seed, rank, world, start
 
     def place(self, position: int) -> tuple[str, int, int]:
         """(source, its epoch, offset in that epoch) of a position in the stream, which all ranks share."""
@@ -104,7 +105,7 @@ class Stream:
                          f"{faults[-1][2]}")
 
     def batch(self, n: int) -> Batch:
-        first, faults = (n * self.world + self.rank) * self.batch_size, []
+        first, faults = self.start + (n * self.world + self.rank) * self.batch_size, []
         positions = list(range(first, first + self.batch_size))
         samples = [self.sample_at(position, faults) for position in positions]
         draws = [torch.rand((), generator=generator("drop", self.seed, position)).item() for position in positions]

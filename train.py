@@ -33,7 +33,7 @@ from grid import fold, frame_of_pixel, grid_shape
 from sample import NoiseSchedule, Request, generate
 from sd.device import NotFinite, check_memory, pick_dtype, precision
 from training.checkpoints import claimed, load_run, newest_whole, save_run
-from training.config import Config, in_parts, read_config
+from training.config import Config, Stage, in_parts, read_config, stages
 from training.dry_run import announce, dry_run
 from training.log import Log, commit, stamped
 from training.low_rank import save_lora
@@ -105,19 +105,23 @@ class UNetTask:
     """The denoiser on latents."""
 
     def __init__(self, cfg: Config, model: sd.Model, lists: dict[str, str], ranks: Ranks):
-        self.cfg, self.model, self.ranks = cfg, model, ranks
-        clips = open_clips(cfg, model, lists, ranks.device)
-        self.data = clips.data
-        self.stream = Stream(clips, cfg.mix, cfg.batch_size, cfg.seed, ranks.rank, ranks.world, cfg.drop_caption,
-                             cfg.validation)
-        self.module = Denoising(model, cfg, model.text if clips.empty_context is None else None)
-        self.faults, self.held_out = Faults(cfg.max_bad), None
-        (rows, cols), factor = self.module.grid, model.vae.cfg.downsampling
-        self.shape = model.vae.cfg.latent_channels, rows * cfg.height // factor, cols * cfg.width // factor
+        self.model, self.ranks, self.faults = model, ranks, Faults(cfg.max_bad)
+        self.clips = open_clips(cfg, model, lists, ranks.device)
+        self.data = self.clips.data
+        self.module = Denoising(model, cfg, model.text if self.clips.empty_context is None else None)
+        self.begin(stages(cfg, ranks.world)[-1], cfg.max_steps)  # what is wrong with it is told now
 
-    def begin(self, first: int, last: int):
-        """Be ready for the micro-batches [first, last) of this rank, in this order."""
-        self.loader = batches(self.stream, first, last, self.cfg.workers)
+    def begin(self, stage: Stage, step: int):
+        """Be ready for the steps of a stage of the run, from one of them on."""
+        self.cfg = cfg = stage.cfg
+        self.stream = Stream(self.clips, cfg.mix, cfg.batch_size, cfg.seed, self.ranks.rank, self.ranks.world,
+                             cfg.drop_caption, cfg.validation, stage.position)
+        first, last = ((n - stage.first) * cfg.accumulate for n in (step, stage.last))
+        self.loader = batches(self.stream, first, last, cfg.workers)
+        self.module.grid = rows, cols = grid_shape(cfg.frames)
+        vae = self.model.vae.cfg
+        self.shape = vae.latent_channels, rows * cfg.height // vae.downsampling, cols * cfg.width // vae.downsampling
+        self.held_out = None
 
     def batch(self):
         """The next micro-batch: (names of the sources, arguments of the module)."""
@@ -256,21 +260,26 @@ def run(cfg: Config, ranks: Ranks, task):
         start, logged = load_run(cfg, ranks, path, module, optimizer, scale, task.data)
         print(f"resume from {path}", flush=True)
     log = Log(cfg, ranks, start, logged)
-    task.begin(start * cfg.accumulate, cfg.max_steps * cfg.accumulate)
+    parts = stages(cfg, ranks.world)
     with Interrupt() as interrupt:
         for step in range(start, cfg.max_steps):
+            stage = next(part for part in parts if step < part.last)
+            if step in (start, stage.first):
+                task.begin(stage, step)
+                log.begin(stage.cfg)
+            lr = learning_rate(stage.cfg, step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step)
-            losses, sources = backward(cfg, ranks, task, ddp, optimizer, scale)
+                group["lr"] = lr
+            losses, sources = backward(stage.cfg, ranks, task, ddp, optimizer, scale)
             ranks.at(f"update of step {step + 1}")
-            norm = optimizer.step(cfg.clip, scale.value)
+            norm = optimizer.step(stage.cfg.clip, scale.value)
             scale.update(math.isfinite(norm))
             module.zero_grad(set_to_none=ranks.world == 1)  # under DDP they stay, as views of its buckets
 
             done = step + 1
             last = done == cfg.max_steps
             stopped = interrupt.anywhere(ranks) and not last
-            log.step(done, losses, sources, norm, learning_rate(cfg, step), scale.value)
+            log.step(done, losses, sources, norm, lr, scale.value)
             if scale.bad == MAX_BAD_STEPS:
                 raise ValueError(f"step {done}: {MAX_BAD_STEPS} gradients in a row are not finite; look at the data of "
                                  "these steps, at lr, and whether dtype = bfloat16 trains")

@@ -17,6 +17,7 @@ from runs import (
     LIMIT,
     ONE_THREAD,
     ROOT,
+    assert_same_run,
     ci_options,
     few_labels,
     metrics,
@@ -32,9 +33,9 @@ from lab import toy
 from model import UNet
 from sample import SHIPPED, NoiseSchedule, denoise
 from sd.presets import PRESETS, ModelConfig
-from training.config import read_config
+from training.config import read_config, stages
 from training.ranks import Ranks
-from training.setup import make_model
+from training.setup import loss_of, make_model
 
 CI = f"{ROOT}/configs/ci.py"
 
@@ -177,7 +178,7 @@ def make_task(folder, rank=0, world=1, **options):
     torch.manual_seed(0)
     ranks = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
     task = train.UNetTask(cfg, make_model(cfg), {}, ranks)
-    task.begin(0, 100)
+    task.begin(stages(cfg, world)[0], 0)
     return task
 
 
@@ -231,6 +232,39 @@ def test_validation_loss_is_also_that_of_every_kind_of_given_frames(finished):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+def test_values_change_where_the_schedule_says(processes, world, finished, tmp_path):
+    """Single images first, then another part of the noise, then all: interrupted within each, to the bit."""
+    shutil.copytree(finished[0] / "encoded", tmp_path / "encoded")
+    schedule = {3: {"frames": 1, "mix": {"caption": 1}, "batch_size": 8, "lr": 2e-3, "given_share": 0},
+                6: {"timesteps": (600, 850), "mix": {"video": 1}, "batch_size": 2}}
+    options = [*ci_options(world, tmp_path), "--max_steps=9", "--given_share=0.5", f"--schedule={schedule}",
+               "--prompts=()", "--save_every=100", "--warmup=0"]
+    seen = []
+
+    def noted(cfg, module, batch, device):
+        seen.append(batch)
+        return loss_of(cfg, module, batch, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.setup.loss_of", noted)
+        assert train_here(*options).returncode == 0
+    latents, t = [batch[0].shape[:2] for batch in seen], [batch[3] for batch in seen]
+    assert latents == [(8, 1)] * 3 + [(2, 4)] * 3 + [(4, 4)] * 3
+    assert [len(batch) for batch in seen] == [5] * 3 + [6] * 6
+    assert all(((600 <= part) & (part < 850)).all() for part in t[3:6]) and min(map(torch.min, t[6:])) < 600
+    assert [batch[2].unique().tolist() == [120.0] for batch in seen[:6]] == [True] * 3 + [False] * 3
+    noise = torch.cat([batch[4].flatten(1)[:, :16] for batch in seen])
+    assert len(noise.unique(dim=0)) == 8 * 3 + 2 * 3 + 4 * 3  # never the same twice
+    rates = metrics(tmp_path, "lr")
+    assert rates[:3] == [2e-3] * 3 and rates[3:] == pytest.approx([1e-3] * 6)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "run").rename(tmp_path / "whole" / "run")
+    for call in (2, 3):  # steps 2 and 5
+        assert processes.run(options, die=(0, "SIGTERM", "train.loss_of", call)) == [75]
+    assert train_here(*options).returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path, 9)
 
 
 def test_learning_rate():

@@ -80,6 +80,8 @@ class Config:
     guidance: float = option(7.0, "guidance scale of samples, when nothing else is asked for")
     eta: float = option(0.0, "noise that DDIM adds to samples, when nothing else is asked for", low=0, high=1)
 
+    schedule: dict = option({}, "other values until some steps, like {1000: {'frames': 1, 'mix': {'caption': 1}}}")
+
     # VAE
     kl_weight: float = option(1e-6, "of the KL per latent number, beside the squared error per pixel", low=0)
 
@@ -142,6 +144,41 @@ def read_config(arguments: list[str], description="") -> Config:
     return cfg
 
 
+SCHEDULED = ("frames", "mix", "drop_caption", "timesteps", "timestep_shift", "timestep_width", "given_share",
+             "batch_size", "lr", "clip")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some steps of a run, [first, last), and the config that holds there.
+
+    position  of their first sample in the stream, on all ranks together
+    """
+
+    first: int
+    last: int
+    cfg: Config
+    position: int
+
+
+def stages(cfg: Config, ranks=1) -> list[Stage]:
+    """The stages of a run: one for each entry of `schedule`, and the rest with the config's own values."""
+    found, first, position = [], 0, 0
+    for last, values in [*cfg.schedule.items(), (cfg.max_steps, {})]:
+        now = changed(cfg, values)
+        size = now.batch_size * now.accumulate * ranks
+        position = -(-position // size) * size  # its steps are multiples of their size
+        found.append(Stage(first, last, now, position))
+        first, position = last, position + (last - first) * size
+    return found
+
+
+def changed(cfg: Config, values: dict) -> Config:
+    """A config with other values, as a file would assign them."""
+    kinds = typing.get_type_hints(Config)
+    return replace(cfg, **{name: cli.shaped(value, kinds[name]) for name, value in values.items()})
+
+
 # what a run has in common with the one that makes its VAE
 SHARED = ("init", "toy", "toy_clips", "toy_images", "toy_captioned", "toy_moving", "video", "label", "caption", "mix",
           "frames", "width", "height", "fps_values", "random_crop", "flip", "background", "captions", "dtype", "resume",
@@ -194,6 +231,31 @@ def assignments(path: str) -> dict:
     return values
 
 
+def check_schedule(cfg: Config):
+    """Raise ValueError on a schedule that cannot be kept."""
+    before = 0
+    for step, values in cfg.schedule.items():
+        if type(step) is not int or not before < step < cfg.max_steps or not isinstance(values, dict):
+            raise ValueError("schedule must give other values until some steps, in rising order and before max_steps, "
+                             f"like {{1000: {{'lr': 1e-3}}}}, got {step!r}: {values!r}")
+        for name in values:
+            if name not in SCHEDULED:
+                raise ValueError(f"schedule must change {', '.join(SCHEDULED)}, got {name!r}")
+        before, now = step, changed(replace(cfg, schedule={}), values)
+        try:
+            cli.check(now)
+            check_config(now)
+        except ValueError as error:
+            raise ValueError(f"schedule, until step {step}: {error}") from error
+        unknown = [source for source in now.mix if now.mix[source] and not cfg.mix.get(source)]
+        if unknown:
+            raise ValueError(f"schedule, until step {step}: mix must be of the sources in the config's own, not "
+                             f"{', '.join(unknown)}")
+        if now.frames != cfg.frames and [source for source in now.mix if now.mix[source]] != ["caption"]:
+            raise ValueError(f"schedule, until step {step}: {now.frames} frames, not {cfg.frames}, go with captioned "
+                             "images alone, mix = {'caption': 1}: clips are of one length in all of a run")
+
+
 def check_config(cfg: Config):
     """Raise ValueError on values that are each possible, but mean nothing together."""
     shares = cfg.mix.values()
@@ -214,5 +276,6 @@ def check_config(cfg: Config):
         raise ValueError("lora_rank needs init: the model that it is a change of")
     read_color(cfg.background)
     grid_shape(cfg.frames)
+    check_schedule(cfg)
     if cfg.given_share and cfg.frames == 1:
         raise ValueError("given_share needs frames > 1: of one frame nothing can be given")

@@ -21,7 +21,7 @@ from sd.presets import ModelConfig
 from sd.vae import encode_frames
 from training.account import device_memory, host_memory, setting, shape_of, with_layout
 from training.checkpoints import steps_done
-from training.config import Config
+from training.config import Config, stages
 from training.offload import OffloadAdamW
 from training.setup import data_lists, loss_of, sample_spec
 
@@ -131,9 +131,16 @@ def time_of_step(cfg: Config, example, shape: ModelConfig, device, flop: int | N
     if wanted > free:
         return f"not measured: it needs {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB of this {device} are free"
     print("timing a step ...", file=sys.stderr, flush=True)
-    seconds = seconds_a_step(cfg, example, shape, device)
-    return (f"{seconds:.2f} s on one {device}, without reading data: {seconds * cfg.max_steps / 3600:.1f} h for "
-            f"{cfg.max_steps:,} steps")
+    parts = timed_stages(cfg, example, shape, device)
+    each = ", then ".join(f"{seconds:.2f} s" for _, seconds in parts)
+    whole = sum(steps * seconds for steps, seconds in parts)
+    return f"{each} on one {device}, without reading data: {whole / 3600:.1f} h for {cfg.max_steps:,} steps"
+
+
+def timed_stages(cfg: Config, example, shape: ModelConfig, device, done=0) -> list[tuple[int, float]]:
+    """(steps, seconds a step) of each stage of a run that is left after some steps."""
+    left = [stage for stage in stages(cfg) if stage.last > done]
+    return [(stage.last - max(stage.first, done), seconds_a_step(stage.cfg, example, shape, device)) for stage in left]
 
 
 def seconds_a_step(cfg: Config, example, shape: ModelConfig, device) -> float:
@@ -175,14 +182,15 @@ def announce(parts):
     for n, (cfg, example) in enumerate(parts, 1):
         cfg = replace(with_layout(cfg), dtype=str(pick_dtype(cfg.dtype, device)).removeprefix("torch."))
         around = seconds_of_clips(cfg) + seconds_of_sheets(cfg, example, device)
-        steps = max(0, cfg.max_steps - steps_done(cfg.out_dir))
-        step = seconds_a_step(cfg, example, shape_of(cfg), device)
+        parts_left = timed_stages(cfg, example, shape_of(cfg), device, steps_done(cfg.out_dir))
+        steps, seconds = (sum(numbers) for numbers in zip((0, 0), *((n, n * each) for n, each in parts_left)))
         what = "VAE" if cfg.train == "vae" else "UNet and text tower" if cfg.train_text else "UNet"
-        print(f"part {n} of {len(parts)}: the {what}, {steps:,} steps of {step:.2f} s and {around:.0f} s for clips and "
-              f"sheets, {(steps * step + around) / 60:.0f} min; {cfg.out_dir}", flush=True)
-        whole += steps * step + around
-    print(f"in all {whole / 60:.0f} min. It learns your clips and forgets what {knew} could draw: nothing of that is "
-          "trained along", flush=True)
+        print(f"part {n} of {len(parts)}: the {what}, {steps:,} steps of {seconds / max(1, steps):.2f} s and "
+              f"{around:.0f} s for clips and sheets, {(seconds + around) / 60:.0f} min; {cfg.out_dir}", flush=True)
+        whole += seconds + around
+    print(f"in all {whole / 60:.0f} min", flush=True)
+    if knew:
+        print(f"It learns your clips and forgets what {knew} could draw: nothing of that is trained along", flush=True)
 
 
 def seconds_of_clips(cfg: Config) -> float:

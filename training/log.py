@@ -61,13 +61,16 @@ class Log:
     def __init__(self, cfg: Config, ranks: Ranks, start: int, state: dict | None = None):
         self.cfg, self.ranks, self.at, self.time, self.skipped = cfg, ranks, start, time.time(), 0
         self.sums = torch.zeros(2, len(self.NAMES), dtype=torch.float64)  # losses, samples
-        self.frames = samples_a_step(cfg, ranks) * (cfg.frames if cfg.train == "unet" else 1)
         if state:  # its sums are those of all ranks
             self.skipped, self.sums = state["skipped"], self.sums if ranks.rank else state["sums"].clone()
         if ranks.rank == 0:
             self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
             forget_after(self.path, start)
             self.wandb = start_wandb(cfg) if cfg.wandb_log else None
+
+    def begin(self, cfg: Config):
+        """Count the frames of a stage of the run."""
+        self.frames = samples_a_step(cfg, self.ranks) * (cfg.frames if cfg.train == "unet" else 1)
 
     def state(self) -> dict:
         """What the next line needs of the steps before it. Every rank must call it."""

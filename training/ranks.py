@@ -120,7 +120,7 @@ def shared(awaited: str, timeout=600.0):
         @wraps(main)
         def run():
             with Ranks(timeout) as ranks, ranks.patient("work"), silent() if ranks.rank else nullcontext():
-                if ranks.world > 1:  # how torchrun and the watchdog end the others: what they have begun is to be removed
+                if ranks.world > 1:  # torchrun and the watchdog end the others: what they have begun is to be removed
                     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
                     ranks.watchdog.grace = 5.0
                 if ranks.rank:

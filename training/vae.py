@@ -16,7 +16,7 @@ from clips.samples import Spec, offered_fps, read_sample, video_of
 from data import generator
 from sd import Model
 from sd.vae import to_uint8
-from training.config import Config
+from training.config import Config, Stage
 from training.ranks import Ranks
 from training.setup import sample_spec
 
@@ -54,12 +54,12 @@ class VAETask:
         factor = model.vae.cfg.downsampling
         self.latent = model.vae.cfg.latent_channels, cfg.height // factor, cfg.width // factor
 
-    def begin(self, first: int, last: int):
-        """Start at micro-batch `first` of this rank; they are drawn from memory, with no end to be ready for."""
-        self.n = first
+    def begin(self, stage: Stage, step: int):
+        """Start at a step of a stage; batches are drawn from memory, with no end to be ready for."""
+        self.cfg, self.start, self.n = stage.cfg, stage.position, (step - stage.first) * stage.cfg.accumulate
 
     def batch(self):
-        first = (self.n * self.ranks.world + self.ranks.rank) * self.cfg.batch_size
+        first = self.start + (self.n * self.ranks.world + self.ranks.rank) * self.cfg.batch_size
         self.n += 1
         noise = [generator("frame", self.cfg.seed, first + i) for i in range(self.cfg.batch_size)]
         chosen = [torch.randint(len(self.pool), (), generator=g) for g in noise]

@@ -35,7 +35,7 @@ from sd.settings import LAYOUTS
 from sd.vae import encode
 from train import VALIDATION_TIMESTEPS, Denoising, UNetTask, in_precision, run
 from training.checkpoints import claimed
-from training.config import Config, read_config
+from training.config import Config, Stage, read_config
 from training.log import commit
 from training.ranks import Ranks
 from training.setup import loss_of, make_model, make_ready
@@ -126,23 +126,26 @@ def train(cfg: Config, make_unet, variant=Variant(""), curve=(), graded=False) -
         lists = make_ready(cfg, model, ranks.device)  # all of the mix, whatever the variant: runs share what is encoded
         if not variant.triple_data:
             cfg = replace(cfg, mix={"video": 1})
-        task = ProbedTask(curve, graded, cfg, model, lists, ranks)
-        if variant.videos:
-            task.stream.sizes["video"] = variant.videos
+        task = ProbedTask(curve, graded, variant.videos, cfg, model, lists, ranks)
         run(cfg, ranks, task)
         return task
 
 
 class ProbedTask(UNetTask):
-    """A UNetTask that looks at the model before some of the steps."""
+    """A UNetTask that looks at the model before some of the steps.
 
-    def __init__(self, curve, graded: bool, *given):
+    videos  how many there are to train on; 0: all
+    """
+
+    def __init__(self, curve, graded: bool, videos: int, *given):
+        self.curve, self.graded, self.videos, self.probes = curve, graded, videos, {}  # step -> what was seen
         super().__init__(*given)
-        self.curve, self.graded, self.probes = curve, graded, {}  # step -> what was seen
 
-    def begin(self, first: int, last: int):
-        super().begin(first, last)
-        self.step = first
+    def begin(self, stage: Stage, step: int):
+        super().begin(stage, step)
+        self.step = step
+        if self.videos:
+            self.stream.sizes["video"] = self.videos
 
     def batch(self):
         if self.step in self.curve:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT, here
 
-from training.config import Config, in_parts, portable, read_config
+from training.config import Config, Stage, in_parts, portable, read_config, stages
 
 CI = f"{ROOT}/configs/ci.py"
 CONFIGS = sorted(Path(ROOT, "configs").rglob("*.py"))
@@ -40,6 +40,23 @@ def test_a_config_of_a_vae_is_a_run_of_its_own():
     assert in_parts(read_config([CI])) == [read_config([CI])]
     with pytest.raises(ValueError, match='vae must be a checkpoint, or a config of train = "vae"'):
         in_parts(read_config([CI, f"--vae={CI}"]))
+
+
+def test_a_run_has_stages():
+    """Values hold until their step; positions in the stream are never used twice, and begin where a step does."""
+    cfg = read_config([CI, "--max_steps=20", "--batch_size=4",
+                       "--schedule={3: {'batch_size': 7, 'lr': 1}, 10: {'batch_size': 5, 'timesteps': [600, 850]}}"])
+    for ranks in (1, 3):
+        parts = stages(cfg, ranks)
+        assert [(part.first, part.last, part.cfg.batch_size) for part in parts] == [(0, 3, 7), (3, 10, 5), (10, 20, 4)]
+        assert [part.cfg.timesteps for part in parts] == [cfg.timesteps, (600, 850), cfg.timesteps]
+        assert [part.cfg.lr for part in parts] == [1.0, cfg.lr, cfg.lr] and type(parts[0].cfg.lr) is float
+        sizes = [part.cfg.batch_size * ranks for part in parts]
+        used = [part.position + n for part, size in zip(parts, sizes) for n in range((part.last - part.first) * size)]
+        assert used == sorted(set(used)) and used[-1] < len(used) + sum(sizes)
+        assert not any(part.position % size for part, size in zip(parts, sizes))
+    plain = read_config([CI])
+    assert stages(plain) == [Stage(0, plain.max_steps, plain, 0)]
 
 
 def test_configs_apply_in_order(tmp_path):
@@ -107,13 +124,22 @@ OVERRIDES = {
     "--timesteps=(0,1001)": "timesteps must be in 0..1000, got 1001",
     "--timesteps=(5,)": "timesteps: must be 2 whole numbers",
     "--timesteps=(0,0.5)": "timesteps: must be 2 whole numbers",
+    "--schedule={50: {'lr': 1}}": "schedule must give other values until some steps, in rising order and before max_st",
+    "--schedule={9: {'lr': 1}, 8: {}}": "in rising order and before max_steps",
+    "--schedule={9: 1}": "like {1000: {'lr': 1e-3}}, got 9: 1",
+    "--schedule={9: {'width': 64}}": "schedule must change frames, mix, ",
+    "--schedule={9: {'lr': 'high'}}": "schedule, until step 9: lr must be a number, got 'high'",
+    "--schedule={9: {'timesteps': (8, 8)}}": "schedule, until step 9: timesteps must be a range",
+    "--schedule={9: {'mix': {'label': 0}}}": "schedule, until step 9: mix must give each of",
+    "--schedule={9: {'frames': 1}}": "schedule, until step 9: 1 frames, not 4, go with captioned images alone",
+    "--schedule={9: {'mix': {'label': 1}}}|--mix={'video': 1}": "schedule, until step 9: mix must be of the sources in",
 }
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_bad_overrides_are_refused(override):
     with pytest.raises(ValueError, match=re.escape(OVERRIDES[override])):
-        read_config([CI, override])
+        read_config([CI, *override.split("|")])
 
 
 def test_the_command_says_mistakes_in_one_line():

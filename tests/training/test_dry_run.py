@@ -46,6 +46,14 @@ def test_it_needs_neither_data_nor_weights(run, untimed, tmp_path):
     assert lines["data, video"] == f"{tmp_path}/clips.csv is not there yet"
 
 
+def test_it_times_every_stage_of_a_run(monkeypatch):
+    monkeypatch.setattr(dry_run, "seconds_a_step", lambda cfg, *_: float(cfg.batch_size))
+    cfg = read_config([f"{ROOT}/configs/ci.py", "--schedule={5: {'batch_size': 16}, 15: {'batch_size': 2}}"])
+    assert dry_run.timed_stages(cfg, None, None, None) == [(5, 16.0), (10, 2.0), (5, 4.0)]
+    assert dry_run.timed_stages(cfg, None, None, None, done=6) == [(9, 2.0), (5, 4.0)]
+    assert dry_run.timed_stages(cfg, None, None, None, done=20) == []
+
+
 def test_it_refuses_what_cannot_be_counted(run):
     done = run("train.py", "configs/ci.py", "--dry_run", "--width=36")
     assert done.returncode == 2 and "width must be divisible by 8" in done.stderr

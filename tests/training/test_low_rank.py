@@ -23,7 +23,7 @@ from grid import fold
 from sample import NoiseSchedule
 from sd.lora import merge_lora
 from sd.presets import MICRO, PRESETS
-from training.config import read_config
+from training.config import read_config, stages
 from training.low_rank import LowRank, add_low_rank, save_lora
 from training.setup import make_model
 
@@ -158,7 +158,7 @@ def test_steps_are_those_of_a_loop_written_by_hand(options, micro, tmp_path):
     matrices = {name: [m.requires_grad_() for m in pair] for name, pair in start.items()}
     optimizer = torch.optim.AdamW([m for pair in matrices.values() for m in pair], betas=cfg.betas,
                                   weight_decay=cfg.weight_decay)
-    task.begin(0, cfg.max_steps)
+    task.begin(stages(cfg)[0], 0)
     for step in range(cfg.max_steps):
         latents, context, fps, t, eps = (x.double() if x.is_floating_point() else x for x in task.batch()[1])
         x0 = fold(latents, 2, 2)

@@ -15,7 +15,7 @@ import sd
 from clips.encoded import fingerprint
 from clips.lists import Items
 from clips.samples import Spec
-from training.config import read_config
+from training.config import read_config, stages
 from training.setup import data_lists, make_model
 from training.vae import Autoencoding, VAETask, frame_pool
 
@@ -46,7 +46,7 @@ def test_a_step_is_the_same_however_it_is_cut(world):
     whole = make_task(world, batch_size=4, **options)
     ranks = [make_task(world, rank, 2, batch_size=2, **options) for rank in range(2)]
     for task in (whole, *ranks):
-        task.begin(3, 9)
+        task.begin(stages(task.cfg, task.ranks.world)[0], 3)
     parts = [rank.batch()[1] for rank in ranks]
     names, batch = whole.batch()
     assert names == ["frame"] * 4
