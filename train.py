@@ -227,7 +227,8 @@ NOT_FINISHED = 75  # exit status, sysexits.h's "try again": a scheduler that see
 MAX_BAD_STEPS = 10  # in a row
 
 
-def train(cfg: Config):
+def train(cfg: Config, tasks=TASKS):
+    """Train a run from its config, or from its newest checkpoint on, to its end."""
     if not int(os.environ.get("RANK", 0)):
         check_inputs(cfg)
     with Ranks(cfg.timeout) as ranks, claimed(cfg, ranks):
@@ -238,7 +239,7 @@ def train(cfg: Config):
             check_memory(model, cfg.frames if cfg.train == "unet" else 1, cfg.width, cfg.height, cfg.batch_size,
                          ranks.device)
             lists = ranks.from_rank_0("lists", lambda: make_ready(cfg, model, ranks.device))
-            task = TASKS[cfg.train](cfg, model, lists, ranks)
+            task = tasks[cfg.train](cfg, model, lists, ranks)
         run(cfg, ranks, task)
 
 

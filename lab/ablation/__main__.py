@@ -6,7 +6,6 @@
 Trains what has no line in the file of results yet, prints the tables, and draws the figure.
 """
 
-import importlib.util
 from dataclasses import dataclass
 
 from cli import check_writable, option, parse, run
@@ -25,8 +24,7 @@ class Options:
 
 def main():
     o = parse(Options, __doc__)
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError('the figure needs matplotlib: pip install -e ".[dev]"')
+    report.require_matplotlib()
     results, figure = o.results or FILES[o.study] + ".jsonl", o.figure or FILES[o.study] + ".png"
     for path in (results, figure):  # now, not after hours
         check_writable(path)

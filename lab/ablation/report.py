@@ -1,5 +1,6 @@
 """The results of the ablations as tables and as a figure."""
 
+import importlib.util
 from functools import reduce
 from operator import getitem
 
@@ -74,6 +75,12 @@ def pick(rows: dict[str, Row], *names: str) -> list[Row]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The figure
+
+
+def require_matplotlib():
+    """Raise ValueError where it is missing: now, not after hours."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError('the figure needs matplotlib: pip install -e ".[dev]"')
 
 
 def draw_figure(results: list[dict], path: str):

@@ -9,7 +9,6 @@ cheapest setting that is good, see `cheapest`, is graded on the held-out prompts
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import statistics
@@ -26,7 +25,7 @@ from beyond.fast import Reuse, fast_settings
 from cli import check_writable, option, parse, run
 from grid import grid_shape
 from lab import toy
-from lab.ablation.report import cell, curve, heading, line
+from lab.ablation.report import cell, curve, heading, line, require_matplotlib
 from lab.ablation.runs import read_results
 from lab.bench import timing
 from lab.bench.video import steps_of
@@ -230,8 +229,7 @@ def write_fast(path: str, chosen: dict):
 
 def main():
     o = parse(Options, __doc__)
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError('the figure needs matplotlib: pip install -e ".[dev]"')
+    require_matplotlib()
     ckpt = o.ckpt or SHIPPED
     for name, path, end in (("figure", o.figure, ".png"), *[("ckpt", ckpt, ".safetensors")] * o.write):
         if not path.endswith(end):
