@@ -42,6 +42,8 @@ class Config:
     toy_images: int = option(16, "images per label of the toy world", low=0, high=10**7)
     toy_captioned: int = option(720, "captioned images of the toy world", low=0, high=10**7)
     toy_moving: bool = option(False, "half of the toy world's images are of something that moves, and say so")
+    toy_level: int = option(1, "2: every other clip and captioned image of the toy world is of two shapes", low=1,
+                            high=2)
     video: str = option("", "list of clips: CSV, JSON lines, MSR-VTT's json, or a folder (see docs/data.md)")
     label: str = option("", "folder of a folder of images per label, or a file of their names")
     caption: str = option("", "list of captioned images")
@@ -180,9 +182,9 @@ def changed(cfg: Config, values: dict) -> Config:
 
 
 # what a run has in common with the one that makes its VAE
-SHARED = ("init", "toy", "toy_clips", "toy_images", "toy_captioned", "toy_moving", "video", "label", "caption", "mix",
-          "frames", "width", "height", "fps_values", "random_crop", "flip", "background", "captions", "dtype", "resume",
-          "timeout", "dry_run")
+SHARED = ("init", "toy", "toy_clips", "toy_images", "toy_captioned", "toy_moving", "toy_level", "video", "label",
+          "caption", "mix", "frames", "width", "height", "fps_values", "random_crop", "flip", "background", "captions",
+          "dtype", "resume", "timeout", "dry_run")
 
 
 def in_parts(cfg: Config) -> list[Config]:

@@ -108,13 +108,14 @@ def check_inputs(cfg: Config):
 def render_world(cfg: Config):
     """Render the toy world if it is missing. Raises ValueError when one of other options is there."""
     world = {"clips": cfg.toy_clips, "images": cfg.toy_images, "captioned": cfg.toy_captioned,
-             "moving": cfg.toy_moving, "size": cfg.width}
+             "moving": cfg.toy_moving, "level": cfg.toy_level, "size": cfg.width}
     try:
         if not os.path.exists(cfg.toy):
             toy.render(cfg.toy, **world)
         found = read_json(os.path.join(cfg.toy, "world.json"))
         if not isinstance(found, dict):
             raise ValueError("world.json must be a JSON object")
+        found = {"level": 1} | found
     except (OSError, ValueError) as error:
         raise ValueError(f"the toy world {cfg.toy}: {error}") from error
     for name, ours in world.items():

@@ -4,6 +4,7 @@ levels; None always means "cannot tell"."""
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import permutations
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Grade:
     shape: str | None
     direction: str | None  # of DIRECTIONS, or "still"
     background: str | None
-    wrong_cut: bool  # in any frame: two or more shapes, or one cut by the cell's border
+    wrong_cut: bool  # in any frame: more shapes than there should be, or one cut by the cell's border
     centers: np.ndarray  # (T, 2) centroids in world pixels (64 to a frame's shorter side), NaN where no shape was found
     speed: float  # world pixels a frame, NaN where the positions are on no line
     areas: np.ndarray  # (T,) world pixels that the shape covers, and
@@ -42,6 +43,21 @@ def grade(video, grid=None) -> Grade:
     grid is (rows, cols) of the image the frames were generated in, frame t at row t % rows and column t // rows; when
     None, the factor pair of T nearest to a square. Only wrong_cut depends on it.
     """
+    return grade_bodies(video, grid, find_body)[0]
+
+
+def grade_pair(video, grid=None) -> list[Grade]:
+    """Read back a clip of two shapes, in no order, as `grade` does one.
+
+    Background and wrong_cut are the video's, the same in both. Here a frame is wrongly cut that shows three or more
+    shapes, two of the same one (both in the colour of one of the two, when these differ), or one that is cut by the
+    cell's border.
+    """
+    return grade_bodies(video, grid, find_pair)
+
+
+def grade_bodies(video, grid, find) -> list[Grade]:
+    """Grade each of the shapes that find(video, distance, scale) tells apart: see `find_body`."""
     frames, height, width, _ = video.shape
     rows, cols = grid or (largest_factor(frames), frames // largest_factor(frames))
     if rows * cols != frames:
@@ -52,21 +68,32 @@ def grade(video, grid=None) -> Grade:
     backdrop = np.median(ring, axis=1)  # (T, 3)
     away = video - backdrop[:, None, None]
     distance = np.sqrt(np.einsum("...c,...c->...", away, away))  # (T, H, W)
-    body, found, crowded = find_bodies(distance, scale)
-    answer = Grade(None, None, None, name_of(ring.reshape(-1, 3), BACKGROUNDS), bool(crowded.any()),
-                   np.full((frames, 2), np.nan), math.nan, np.full(frames, np.nan), np.full((frames, 3), np.nan))
+    background = name_of(ring.reshape(-1, 3), BACKGROUNDS)
+    bodies, cut = find(video, distance, scale)
+    # the outline of a blurred shape is where half of it is left
+    halves = [np.quantile(distance[body], 0.9) / 2 if body.any() else np.inf for body in bodies]
+    outline = np.full(distance.shape, min(halves))
+    for body, half in zip(bodies, halves):
+        outline[body] = half
+    cut |= is_cut((distance > outline).reshape(cols, rows, height, width))
+    return [grade_body(video, backdrop, body, body & (distance > half), scale, background, cut)
+            for body, half in zip(bodies, halves)]
+
+
+def grade_body(video, backdrop, body, inner, scale, background, cut) -> Grade:
+    """Grade a shape by the pixels (T, H, W) that it may touch, and those inside its outline."""
+    frames, found, away = len(video), body.any((1, 2)), video - backdrop[:, None, None]
+    answer = Grade(None, None, None, background, cut, np.full((frames, 2), np.nan), math.nan, np.full(frames, np.nan),
+                   np.full((frames, 3), np.nan))
     if not found.any():
         return answer
-
     # the colour of the pixels furthest inside tells how much of every other pixel is covered
-    half = np.quantile(distance[body], 0.9) / 2  # the outline of a blurred shape is where half of it is left
-    depth = box_mean(body & (distance > half), max(1, round(2 * scale)))
+    depth = box_mean(inner, max(1, round(2 * scale)))
     core = body & (depth >= 0.95 * depth.max((1, 2), keepdims=True))
     paint = np.median(video[core], axis=0) - backdrop[:, None, None]  # (T, 1, 1, 3), from the background to the shape
     covered = np.clip(np.einsum("...c,...c->...", away, paint) / (paint**2).sum(-1).clip(1), 0, 1)
     covered *= box_mean(body, max(1, round(scale))) > 0  # the shape and its soft outline, none of the noise elsewhere
     found &= covered.sum((1, 2)) > (SPECK * scale)**2
-    answer.wrong_cut |= is_cut((distance > half).reshape(cols, rows, height, width))
     answer.centers[found] = centroids(covered[found]) / scale
     answer.areas[found] = covered[found].sum((1, 2)) / scale**2
     answer.paints[found] = [np.median(video[t][core[t]], axis=0) for t in np.flatnonzero(found)]
@@ -79,20 +106,67 @@ def grade(video, grid=None) -> Grade:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where the shape is
+# Where the shapes are
 
 
-def find_bodies(distance, scale):
-    """Find shapes by the distance (T, H, W) of each pixel from the background.
+def find_body(video, distance, scale):
+    """Find the shape by the distance (T, H, W) of each pixel from the background.
 
-    Returns the mask (T, H, W) of each frame's largest, whether there is one (T,), and whether there are several (T,).
+    Returns [the mask (T, H, W) of each frame's largest, empty where there is none], and whether any has several.
     """
+    parts, _, sizes = find_parts(distance, scale)
+    found = (sizes.max(1) > 0) & (sizes.max(1) < BLOB * scale**2)
+    body = (parts == sizes.argmax(1)[:, None, None] + 1) & found[:, None, None]
+    return [body], bool(((sizes > 0).sum(1) > 1).any())
+
+
+def find_pair(video, distance, scale):
+    """As `find_body`, the masks of two shapes: the two largest of each frame, followed from frame to frame by colour
+    and place, of which a level and a world pixel count alike, so that colours that differ decide."""
+    parts, thick, sizes = find_parts(distance, scale)
+    several = (sizes > 0).sum(1) > 2
+    sizes[sizes >= BLOB * scale**2] = 0
+    looks = []  # of each frame, a list of (mask, colour and place)
+    for frame, part, middles, counts in zip(video, parts, thick, sizes):
+        masks = [part == label + 1 for label in np.argsort(-counts, kind="stable")[:2] if counts[label]]
+        looks.append([(mask, np.array([*np.median(frame[mask & middles], axis=0), *np.argwhere(mask).mean(0) / scale]))
+                      for mask in masks])
+    bodies, colors = np.zeros((2, *parts.shape), bool), np.full((2, len(looks), 3), np.nan)
+    for t, order in linked([[seen for _, seen in look] for look in looks]):
+        for k, (mask, seen) in zip(order, looks[t]):
+            bodies[k, t], colors[k, t] = mask, seen[:3]
+    both = ~np.isnan(colors).any((0, 2))
+    if both.any():
+        usual = np.nanmedian(colors, axis=1, keepdims=True)
+        own, other = (np.linalg.norm(colors - paint, axis=2) for paint in (usual, usual[::-1]))
+        several |= both & (own > other).any(0) & (np.linalg.norm(usual[0] - usual[1]) > FAINT)
+    return list(bodies), bool(several.any())
+
+
+def linked(looks):
+    """Yield (t, the number 0 or 1 of each shape in frame t), from the first frame of two on, then from there back.
+
+    looks  a list of vectors for each frame; a number goes where the sum of the ways from the last ones is least
+    """
+    start = max(range(len(looks)), key=lambda t: len(looks[t]))
+    for times in (range(start, len(looks)), range(start - 1, -1, -1)):
+        last = list(looks[start])
+        for t in times:
+            orders = list(permutations(range(len(last)), len(looks[t])))
+            ways = [sum(np.linalg.norm(last[k] - look) for k, look in zip(order, looks[t])) for order in orders]
+            order = orders[np.argmin(ways)]
+            for k, look in zip(order, looks[t]):
+                last[k] = look
+            yield t, order
+
+
+def find_parts(distance, scale):
+    """Separate what is no background: labels (T, H, W), see `components`, the middles (T, H, W) of all squares that
+    fit in, and sizes (T, H W), how many fit into label 1, 2, ...: none into what is too thin for a shape."""
     parts = components(distance > FAINT)
     thick = box_mean(parts > 0, max(1, round((SPECK * scale - 1) / 2))) == 1  # the middles of squares that fit
     sizes = np.stack([np.bincount(frame.ravel(), minlength=parts[0].size + 1) for frame in parts * thick])[:, 1:]
-    found = (sizes.max(1) > 0) & (sizes.max(1) < BLOB * scale**2)
-    body = (parts == sizes.argmax(1)[:, None, None] + 1) & found[:, None, None]
-    return body, found, (sizes > 0).sum(1) > 1
+    return parts, thick, sizes
 
 
 def components(mask):

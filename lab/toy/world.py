@@ -27,6 +27,21 @@ SECONDS = 5      # 16 frames at 4 FPS span 3.75 s, so FPS 4 still has a choice o
 SPEED = 10       # px a second: 2.5 px a frame at 4 FPS, 0.17 at 60
 EXTENT = 11.5    # px across a shape: 11.5 + 50 of travel + 2 of margin leave 0.5 px of jitter along the motion
 MARGIN = 1       # px between a shape and the frame's border, at least
+GAP = 4          # px between the boxes of two shapes, at least, so that blur and H.264 leave two
+
+# One pair of shapes for every pair of colours is held out of level 2, in whatever directions, and asked for in these.
+# Its triples are trained ones of level 1 and in 9 or more other pairs: new is that they are together. They differ in
+# colour, shape and direction, so that it shows when these are mixed up; all words are about equally frequent.
+HELD_OUT_PAIRS = {
+    "val": ("red triangle left, blue square up", "red square down, purple circle left",
+            "green circle up, yellow triangle down", "green triangle right, white square left",
+            "yellow square right, white circle down"),
+    "test": ("red triangle left, green square down", "red square up, yellow circle right",
+             "red circle down, white triangle left", "green triangle up, blue circle left",
+             "green square right, purple circle up", "blue triangle right, yellow square down",
+             "blue square left, white circle right", "blue circle down, purple triangle up",
+             "yellow circle up, purple square left", "white triangle down, purple square right"),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
@@ -50,9 +65,43 @@ def triples(split: str) -> list[tuple[str, str, str]]:
     return chosen
 
 
-def scenes(split: str) -> list[tuple[str, str, str, str]]:
-    """Every triple of a split on every background: (color, shape, direction, background)."""
-    return [(*triple, background) for triple in triples(split) for background in BACKGROUNDS]
+def pairs(split: str) -> list[tuple[str, ...]]:
+    """The pairs of triples of level 2, (color, shape, direction) twice in a row, of two colours, the first one's before
+    the other's in COLORS: "train" (1080), "val" (5) or "test" (10), fixed for ever. Two shapes that are together in
+    one of them, see HELD_OUT_PAIRS, are so in no other one.
+    """
+    held_out = {name: [tuple(re.findall("[a-z]+", pair)) for pair in texts] for name, texts in HELD_OUT_PAIRS.items()}
+    if split in held_out:
+        return held_out[split]
+    apart = {pair[:2] + pair[3:5] for pair in held_out["val"] + held_out["test"]}
+    colors, trained = list(COLORS), triples(split)
+    return [one + two for one in trained for two in trained
+            if colors.index(one[0]) < colors.index(two[0]) and one[:2] + two[:2] not in apart]
+
+
+def scenes(split: str, level=1) -> list[tuple[str, ...]]:
+    """Every triple, or pair of level 2, of a split on every background: (color, shape, direction, background), or the
+    words of two shapes and the background, on every other background the second shape first."""
+    if level == 1:
+        return [(*triple, background) for triple in triples(split) for background in BACKGROUNDS]
+    return [(*(pair, swapped(pair))[turn % 2], background)
+            for pair in pairs(split) for turn, background in enumerate(BACKGROUNDS)]
+
+
+def swapped(pair):
+    """A pair with its second shape first."""
+    return pair[3:] + pair[:3]
+
+
+def things(scene) -> list[tuple[str, str, str]]:
+    """The (color, shape, direction) of each shape in a scene of any level."""
+    return [tuple(scene[n : n + 3]) for n in range(0, len(scene) - 1, 3)]
+
+
+def describe(scene) -> str:
+    """The caption of a scene of any level, in which directions and background may be None."""
+    *shown, last = things(scene)
+    return "".join(f"{caption(*thing)} and " for thing in shown) + caption(*last, scene[-1])
 
 
 def caption(color: str, shape: str, direction=None, background=None) -> str:
@@ -115,18 +164,37 @@ def trajectory(direction: str | None, times, rng, size=SIZE):
     return (middle + velocity * (np.asarray(times)[:, None] - SECONDS / 2)) * size / SIZE
 
 
+def draw_scene(scene, paths, size=SIZE):
+    """uint8 (T, size, size, 3) frames of a scene of any level, its shapes at centers (shapes, T, 2), in pixels, that do
+    not touch."""
+    first, *others = (draw(color, shape, scene[-1], path, size)
+                      for (color, shape, _), path in zip(things(scene), paths))
+    for frames in others:
+        first = np.where((frames == BACKGROUNDS[scene[-1]]).all(-1, keepdims=True), first, frames)
+    return first
+
+
+def trajectories(scene, times, rng, size=SIZE):
+    """Centers (shapes, T, 2) in pixels, of each as `trajectory`; two keep GAP apart from 0 to SECONDS."""
+    clip = np.arange(SECONDS * CLIP_FPS + 1) / CLIP_FPS
+    while True:  # at the least one draw of 7 will do: where one shape moves across and the other up or down
+        paths = np.stack([trajectory(direction, [*times, *clip], rng, size) for _, _, direction in things(scene)])
+        if len(paths) == 1 or np.abs(paths[0] - paths[1]).max(-1).min() >= (EXTENT + GAP) * size / SIZE:
+            return paths[:, : len(times)]
+
+
 def true_render(scene, rng, frames: int, fps: float):
-    """Draw a scene as a perfect model would, from a random start of its path: uint8 (T, SIZE, SIZE, 3)."""
-    color, shape, direction, background = scene
+    """Draw a scene of any level as a perfect model would, from a random start: uint8 (T, SIZE, SIZE, 3)."""
     times = rng.uniform(0, SECONDS - (frames - 1) / fps) + np.arange(frames) / fps
-    return draw(color, shape, background, trajectory(direction, times, rng))
+    return draw_scene(scene, trajectories(scene, times, rng))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def render(folder: str, seed=0, clips=864, images=16, captioned=720, size=SIZE, moving=False, workers=None):
+def render(folder: str, seed=0, clips=864, images=16, captioned=720, size=SIZE, moving=False, level=1,
+           workers=None):
     """Render a world into a folder, which must be absent or empty; the same seed makes the same files.
 
         videos.csv, videos/<page_dir>/<videoid>.mp4   clips of training triples, in WebVid's form
@@ -136,11 +204,16 @@ def render(folder: str, seed=0, clips=864, images=16, captioned=720, size=SIZE, 
 
     clips and captioned are totals, images counts per label. With `moving` half of the images are of something that
     moves, and their labels and captions say so: only they can tell a model what a prompt of motion looks like at FPS 0
-    and 120. Raises ValueError for arguments that make no world, OSError for a folder that cannot be written.
+    and 120. At level 2 every other clip and captioned image is of two shapes, and the ones between are the first half
+    of those of level 1; labels name one shape at every level.
+
+    Raises ValueError for arguments that make no world, OSError for a folder that cannot be written.
     """
     folder = os.path.abspath(folder)
     if size % 2 or size < 16:
         raise ValueError(f"size must be even, as H.264's yuv420p needs it, and >= 16, got {size}")
+    if level not in (1, 2):
+        raise ValueError(f"level must be 1 or 2, got {level}")
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ValueError(f"{folder} is there already: choose another folder, or remove it")
     part = folder + ".part"  # renamed when whole, so that half a world is never taken for one
@@ -148,7 +221,7 @@ def render(folder: str, seed=0, clips=864, images=16, captioned=720, size=SIZE, 
     os.makedirs(os.path.join(part, "images"))
     try:
         world = {"seed": seed, "clips": clips, "images": images, "captioned": captioned, "size": size,
-                 "moving": moving}
+                 "moving": moving, "level": level}
         write_world(part, world, workers or os.cpu_count())
         if os.path.isdir(folder):
             os.rmdir(folder)
@@ -173,64 +246,86 @@ def write_world(root: str, world: dict, workers: int):
     with open(os.path.join(root, "images.jsonl"), "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in made[len(made) - world["captioned"]:])
     with open(os.path.join(root, "world.json"), "w", encoding="utf-8") as file:
-        json.dump(world, file)
+        json.dump({name: value for name, value in world.items() if (name, value) != ("level", 1)}, file)
 
 
 def write_clip(root: str, index: int, world: dict) -> list[str]:
-    """Write a clip -> its row of videos.csv. Any 54 in a row show every triple, 216 also on every background."""
+    """Write a clip -> its row of videos.csv. Of one shape, any 54 in a row show every triple, 216 also on every
+    background."""
+    number, rng, two = place(0, index, world)
     train = triples("train")
-    *subject, direction = train[index % len(train)]
-    background = list(BACKGROUNDS)[(index + index // len(train)) % len(BACKGROUNDS)]
-    times = np.arange(SECONDS * CLIP_FPS) / CLIP_FPS
-    frames, name = content(world, 0, index, subject, direction, background, times)
-    page, number = f"{index // 50 * 50 + 1:06d}_{index // 50 * 50 + 50:06d}", f"{index + 1:08d}"
-    url = f"videos/{page}/{number}.mp4"
+    triple, background = train[number % len(train)], list(BACKGROUNDS)[(number + number // len(train)) % 4]
+    scene = any_pair(rng) if two else (*triple, background)
+    frames, name = content(world, rng, scene, np.arange(SECONDS * CLIP_FPS) / CLIP_FPS)
+    page, name_of_file = f"{index // 50 * 50 + 1:06d}_{index // 50 * 50 + 50:06d}", f"{index + 1:08d}"
+    url = f"videos/{page}/{name_of_file}.mp4"
     os.makedirs(os.path.join(root, "videos", page), exist_ok=True)
     write_mp4(os.path.join(root, url), frames)
-    return [number, url, f"PT00H00M{SECONDS:02d}S", page, name]
+    return [name_of_file, url, f"PT00H00M{SECONDS:02d}S", page, name]
 
 
 def write_labelled(root: str, index: int, world: dict):
     """Write a labelled image into the folder of its label."""
     labels = label_count(world)
-    subject, direction, background = still(index % labels, world)
-    frames, _ = content(world, 1, index, subject, direction, background)
-    folder = os.path.join(root, "labels", caption(*subject, direction, background))
+    scene = still(index % labels, world)
+    frames, _ = content(world, np.random.default_rng([world["seed"], 1, index]), scene)
+    folder = os.path.join(root, "labels", describe(scene))
     os.makedirs(folder, exist_ok=True)
     Image.fromarray(frames[0]).save(os.path.join(folder, f"{index // labels:03d}.png"))
 
 
 def write_captioned(root: str, index: int, world: dict) -> dict[str, str]:
     """Write a captioned image -> its line of images.jsonl."""
-    frames, text = content(world, 2, index, *still(index, world))
+    number, rng, two = place(2, index, world)
+    frames, text = content(world, rng, any_pair(rng, moves(number, world)) if two else still(number, world))
     path = f"images/{index:05d}.png"
     Image.fromarray(frames[0]).save(os.path.join(root, path))
     return {"path": path, "caption": text}
 
 
+def place(kind: int, index: int, world: dict):
+    """(number, generator, whether of two shapes) of a file: its number among those like it, and a generator that is
+    one of (world, kind, index) alone, whatever thread draws it."""
+    number, two = divmod(index, world["level"])
+    return number, np.random.default_rng([world["seed"], kind + 3 * two, number]), two
+
+
+def any_pair(rng, moving=True):
+    """A random scene of two trained triples, in any order, without directions when not moving."""
+    train = pairs("train")
+    pair = train[rng.integers(len(train))]
+    pair = swapped(pair) if rng.random() < 0.5 else pair
+    if not moving:
+        pair = (*pair[:2], None, *pair[3:5], None)
+    return *pair, list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+
+
 def still(index: int, world: dict):
-    """(subject, direction, background) of an image: any 72 in a row show every subject on every background. With
-    `moving`, of every other 72 the subject moves in one of its trained directions; else the direction is None."""
-    pairs = [(color, shape) for color in COLORS for shape in SHAPES]
-    subject, turn = pairs[index % len(pairs)], index // len(pairs)
+    """The scene of an image of one shape: any 72 in a row show every subject on every background. One that moves does
+    so in one of its trained directions; else the direction is None."""
+    subjects = [(color, shape) for color in COLORS for shape in SHAPES]
+    subject, turn = subjects[index % len(subjects)], index // len(subjects)
     trained = [direction for *pair, direction in triples("train") if tuple(pair) == subject]
-    direction = trained[turn % len(trained)] if world["moving"] and index // 72 % 2 else None
-    return subject, direction, list(BACKGROUNDS)[(index + turn) % len(BACKGROUNDS)]
+    direction = trained[turn % len(trained)] if moves(index, world) else None
+    return *subject, direction, list(BACKGROUNDS)[(index + turn) % len(BACKGROUNDS)]
+
+
+def moves(index: int, world: dict) -> bool:
+    """Whether an image is of something that moves: with `moving`, every other 72 are."""
+    return world["moving"] and index // 72 % 2 == 1
 
 
 def label_count(world: dict) -> int:
     return 144 if world["moving"] else 72
 
 
-def content(world: dict, kind: int, index: int, subject, direction, background, times=None):
-    """(frames, caption) of a file, a function of (world, kind, index) alone, whatever thread draws it. Without times it
-    is one frame, at any moment."""
-    rng, size = np.random.default_rng([world["seed"], kind, index]), world["size"]
+def content(world: dict, rng, scene, times=None):
+    """(frames, caption) of a file. Without times it is one frame, at any moment."""
     if times is None:
-        times = rng.uniform(0, SECONDS, 1) if direction else [0]
-    frames = draw(*subject, background, trajectory(direction, times, rng, size), size)
-    named = None if rng.random() < 0.25 else background  # so that prompts without a background work too
-    return frames, caption(*subject, direction, named)
+        times = rng.uniform(0, SECONDS, 1) if scene[2] else [0]
+    frames = draw_scene(scene, trajectories(scene, times, rng, world["size"]), world["size"])
+    named = None if rng.random() < 0.25 else scene[-1]  # so that prompts without a background work too
+    return frames, describe((*scene[:-1], named))
 
 
 def write_mp4(path: str, frames):
