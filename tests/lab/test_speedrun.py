@@ -17,7 +17,7 @@ def test_a_run_is_graded_while_the_clock_stands_still(processes, world, tmp_path
     """And a stopped one goes on: each grade once, the last that of the model which the run leaves."""
     options = [f"{ROOT}/configs/ci.py", *ci_options(world, tmp_path), "--max_steps=4", "--sheet_every=2",
                "--save_every=2"]
-    assert processes.run(["lab.speedrun", *options], die=(0, "SIGTERM", "train.loss_of", 4), target=command) == [75]
+    assert processes.run(["lab.speedrun", *options], die=(0, "SIGTERM", "train.loss_of", 3), target=command) == [75]
     done = here("lab.speedrun", *options)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
