@@ -60,10 +60,11 @@ class Stream:
     mix       source -> weight: in every sum(weights) consecutive samples each source appears `weight` times
     held_out  how many items at the end of each source are kept for validation
     start     position of the first sample
+    fps_values  those of clips, when not all that there are
     """
 
     def __init__(self, clips, mix: dict[str, int], batch_size: int, seed=0, rank=0, world=1, drop_caption=0.1,
-                 held_out=0, start=0):
+                 held_out=0, start=0, fps_values=()):
         self.pattern = [s for s, weight in mix.items() for _ in range(weight)]
         for source in self.pattern:
             if not clips.count(source):
@@ -73,7 +74,7 @@ class Stream:
                                  f"{source} samples")
         self.sizes = {source: clips.count(source) - held_out for source in self.pattern}
         self.clips, self.batch_size, self.drop_caption, self.held_out = clips, batch_size, drop_caption, held_out
-        self.seed, self.rank, self.world, self.start = seed, rank, world, start
+        self.seed, self.rank, self.world, self.start, self.fps_values = seed, rank, world, start, fps_values
 
     def place(self, position: int) -> tuple[str, int, int]:
         """(source, its epoch, offset in that epoch) of a position in the stream, which all ranks share."""
@@ -95,7 +96,7 @@ class Stream:
             if attempt:
                 item = int(rng.integers(self.sizes[source]))
             try:
-                sample = self.clips.sample(source, item, *rng.random(2))
+                sample = self.clips.sample(source, item, *rng.random(2), self.fps_values)
             except Bad as bad:
                 faults.append((source, self.clips.name(source, item), str(bad)))
                 continue

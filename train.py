@@ -115,7 +115,7 @@ class UNetTask:
         """Be ready for the steps of a stage of the run, from one of them on."""
         self.cfg = cfg = stage.cfg
         self.stream = Stream(self.clips, cfg.mix, cfg.batch_size, cfg.seed, self.ranks.rank, self.ranks.world,
-                             cfg.drop_caption, cfg.validation, stage.position)
+                             cfg.drop_caption, cfg.validation, stage.position, cfg.fps_values)
         first, last = ((n - stage.first) * cfg.accumulate for n in (step, stage.last))
         self.loader = batches(self.stream, first, last, cfg.workers)
         self.module.grid = rows, cols = grid_shape(cfg.frames)

@@ -87,9 +87,11 @@ class EncodedClips:
     def name(self, source: str, i: int) -> str:
         return self.lines(source, i)[0]["path"]
 
-    def sample(self, source: str, i: int, u: float, v: float) -> Sample:
+    def sample(self, source: str, i: int, u: float, v: float, fps_values=()) -> Sample:
         """The same sample as that of LiveClips: an item's lines stand in the order of its FPS values, then of k."""
         lines = self.lines(source, i)
+        if source == "video" and fps_values:
+            lines = [line for line in lines if line["fps"] in (None, *fps_values)] or [{"bad": "too short"}]
         repeats = min(len(lines), self.spec.repeats(source))  # an item that cannot be used has one line
         return self.sample_of(lines[int(u * (len(lines) // repeats)) * repeats + int(v * repeats)])
 

@@ -85,11 +85,14 @@ class LiveClips:
     def name(self, source: str, i: int) -> str:
         return self.items[source].name(i)
 
-    def sample(self, source: str, i: int, u: float, v: float) -> Sample:
-        """The sample of item i that two numbers in [0, 1) choose: u its FPS, v its k. Raises Bad."""
+    def sample(self, source: str, i: int, u: float, v: float, fps_values=()) -> Sample:
+        """The sample of item i that two numbers in [0, 1) choose: u its FPS, v its k. Raises Bad.
+
+        fps_values  those of the spec to choose among for a clip; () for all
+        """
         item = self.items[source][i]
         with video_of(source, item) as video:
-            offered = offered_fps(source, video, self.spec)
+            offered = offered_fps(source, video, replace(self.spec, fps_values=fps_values or self.spec.fps_values))
             fps, k = offered[int(u * len(offered))], int(v * self.spec.repeats(source))
             return read_sample(source, i, item, video, self.spec, fps, k)
 

@@ -146,8 +146,8 @@ def read_config(arguments: list[str], description="") -> Config:
     return cfg
 
 
-SCHEDULED = ("frames", "mix", "drop_caption", "timesteps", "timestep_shift", "timestep_width", "given_share",
-             "batch_size", "lr", "clip")
+SCHEDULED = ("frames", "fps_values", "mix", "drop_caption", "timesteps", "timestep_shift", "timestep_width",
+             "given_share", "batch_size", "lr", "clip")
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,9 @@ def check_schedule(cfg: Config):
         if unknown:
             raise ValueError(f"schedule, until step {step}: mix must be of the sources in the config's own, not "
                              f"{', '.join(unknown)}")
+        if not set(now.fps_values) <= set(cfg.fps_values):
+            raise ValueError(f"schedule, until step {step}: fps_values must be some of the config's own, got "
+                             f"{now.fps_values}")
         if now.frames != cfg.frames and [source for source in now.mix if now.mix[source]] != ["caption"]:
             raise ValueError(f"schedule, until step {step}: {now.frames} frames, not {cfg.frames}, go with captioned "
                              "images alone, mix = {'caption': 1}: clips are of one length in all of a run")

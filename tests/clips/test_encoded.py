@@ -21,9 +21,10 @@ def test_encoded_samples_are_the_vae_of_the_live_ones(encoded, lists, micro):
     ahead, live, vae = EncodedClips(encoded), LiveClips(lists, SPEC), sd.load(micro).vae
     for source in SOURCES:
         assert ahead.count(source) == live.count(source)
-        for u, v in ((0.0, 0.0), (0.3, 0.9), (0.99, 0.5)):
-            one, two = (clips.sample(source, live.count(source) - 1, u, v) for clips in (ahead, live))
+        for u, v, among in ((0.0, 0.0, ()), (0.3, 0.9, (4, 8)), (0.99, 0.5, ()), (0.6, 0.9, (8,)), (0.9, 0.1, (4,))):
+            one, two = (clips.sample(source, live.count(source) - 1, u, v, among) for clips in (ahead, live))
             assert (one.caption, one.fps, one.k) == (two.caption, two.fps, two.k)
+            assert source != "video" or not among or one.fps in among
             mean, logvar = vae.encode(two.data / 127.5 - 1)
             assert one.data.shape == (1 if source == "caption" else 4, 8, 4, 4)
             torch.testing.assert_close(one.data, torch.cat([mean, logvar], dim=1).half(), atol=2e-3, rtol=2e-3)

@@ -131,6 +131,7 @@ OVERRIDES = {
     "--schedule={9: {'lr': 'high'}}": "schedule, until step 9: lr must be a number, got 'high'",
     "--schedule={9: {'timesteps': (8, 8)}}": "schedule, until step 9: timesteps must be a range",
     "--schedule={9: {'mix': {'label': 0}}}": "schedule, until step 9: mix must give each of",
+    "--schedule={9: {'fps_values': (4, 5)}}": "schedule, until step 9: fps_values must be some of the config's own",
     "--schedule={9: {'frames': 1}}": "schedule, until step 9: 1 frames, not 4, go with captioned images alone",
     "--schedule={9: {'mix': {'label': 1}}}|--mix={'video': 1}": "schedule, until step 9: mix must be of the sources in",
 }
