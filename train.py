@@ -238,7 +238,7 @@ def train(cfg: Config, tasks=TASKS):
             model = make_model(cfg)
             check_memory(model, cfg.frames if cfg.train == "unet" else 1, cfg.width, cfg.height, cfg.batch_size,
                          ranks.device)
-            lists = ranks.from_rank_0("lists", lambda: make_ready(cfg, model, ranks.device))
+            lists = make_ready(cfg, model, ranks)
             task = tasks[cfg.train](cfg, model, lists, ranks)
         run(cfg, ranks, task)
 

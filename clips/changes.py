@@ -62,13 +62,9 @@ def hash_of(*arrays: np.ndarray) -> str:
     return found.hexdigest()
 
 
-def hexes(made: np.ndarray) -> str:
-    """Hashes as 16 hexadecimal digits each, which `from_hexes` reads (N, 2)."""
-    return made.astype(">u8").tobytes().hex()
-
-
-def from_hexes(digits: str) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex(digits), ">u8").astype(np.uint64).reshape(-1, 2)
+def hexes(made: tuple[int, int]) -> str:
+    """The two hashes of an item as 16 hexadecimal digits each."""
+    return "{:016x}{:016x}".format(*made)
 
 
 def compared(then: np.ndarray, now: np.ndarray) -> Counter:

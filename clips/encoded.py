@@ -1,9 +1,11 @@
 """Folders of samples encoded ahead, as `python -m clips.encode` writes them.
 
-    spec.json             what the samples are made of, and which VAE and text tower encoded them
-    index.jsonl           a line for each sample, or for an item that cannot be used; those of an item follow each other
-    video-000000.safetensors ...   moments (N, T, 2C, h, w), and with text contexts (N, L, D), of some items
-    empty.safetensors     the context of the empty caption
+    spec.json           what the samples are made of, and which VAE and text tower encoded them
+    video-000000.safetensors ...  moments (N, T, 2C, h, w) of some items, with text contexts (captions, L, D), each
+                        caption once, and as `lines` what the index says of them; may be a link to another disk
+    index.jsonl         a line for each sample, or for an item that cannot be used; those of an item follow each other
+    index.npy           where the lines of each item begin, and what it was made from: INDEX
+    empty.safetensors   the context of the empty caption
 
 What is read here may be damaged, or not be what it seems: each error is a ValueError that names the file.
 """
@@ -18,39 +20,87 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cli import check, one_line, read_json
-from clips.changes import compared, from_hexes, hash_of, made_from
+from clips.changes import compared, hash_of, made_from
 from clips.decode import Bad
-from clips.lists import Items, Records, is_text
+from clips.lists import Items, is_text
 from clips.samples import SOURCES, Sample, Spec
 
-LINE_START = re.compile(rb'^\{"shard": "([\w+-]+\.safetensors)", "source": "(video|label|caption)", '
-                        rb'"item": (\d{1,15}), (?:"made": "([0-9a-f]{32})", )?', re.MULTILINE)
+LINE = re.compile(rb'\{"shard": "[\w+-]+\.safetensors", "source": "(video|label|caption)", "item": (\d{1,15}), '
+                  rb'(?:"made": "([0-9a-f]{16})([0-9a-f]{16})", )?[^\n]*\n')
+# what is known of an item without its lines; a last one, of no source, says where they end
+INDEX = np.dtype([("source", np.int8), ("item", np.int64), ("start", np.int64), ("made", np.uint64, 2)])
 FIELDS = {"shard": str, "path": str, "caption": str, "fps": int, "k": int, "row": int, "skipped": list}  # of a sample
 
 
+def index_of(lines) -> np.ndarray:
+    """The index of some lines, of bytes or mapped from a file. Raises ValueError where they are none.
+
+    Folders of earlier versions do not say what their items were made from: 0.
+    """
+
+    def items():
+        end, last = 0, None
+        for line in LINE.finditer(lines):
+            if line.start() != end:
+                break
+            if line.group(1, 2) != last:
+                last, made = line.group(1, 2), (int(line[3] or b"0", 16), int(line[4] or b"0", 16))
+                yield SOURCES.index(line[1].decode()), int(line[2]), end, made
+            end = line.end()
+        if end != len(lines):
+            raise ValueError(f"byte {end} begins no line of an index")
+        yield -1, -1, end, (0, 0)
+
+    return np.fromiter(items(), INDEX)
+
+
+def lines_of(shard: str) -> bytes:
+    """The lines of the index that a shard holds. Raises ValueError where it is not there, or not whole."""
+    try:
+        with safe_open(shard, framework="np") as file:
+            return file.get_tensor("lines").tobytes()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{shard} is damaged: {one_line(error)}; the same command encodes it again") from error
+
+
 class EncodedClips:
-    """The samples of such a folder, read one by one.
+    """The samples of such a folder, read one by one. Of a million items nothing is in memory but what is asked for.
 
     text  whether to read their contexts too, where there are any
     """
 
     def __init__(self, folder: str, text=True):
         settings = read_settings(folder)
-        self.records, self.folder = Records(os.path.join(folder, "index.jsonl")), folder
-        self.text, self.vae, self.lists = text and settings["text"], settings["vae"], settings["lists"]
+        self.folder, self.text, self.vae = folder, text and settings["text"], settings["vae"]
+        self.spec, self.lists = settings["spec"], settings["lists"]
         self.tower = settings.get("tower") if self.text else None  # folders of earlier versions do not say
-        self.spec = settings["spec"]
-        starts = LINE_START.finditer(self.records.text)  # of millions of lines, which json would read for a minute
-        owners = np.fromiter(((SOURCES.index(start[2].decode()), int(start[3])) for start in starts),
-                             [("source", np.int8), ("item", np.int64)])
-        self.rows = {source: np.flatnonzero(owners["source"] == n) for n, source in enumerate(SOURCES)}
-        self.owners = {source: owners["item"][rows] for source, rows in self.rows.items()}  # in rising order
-        steps = [np.diff(items, prepend=-1) for items in self.owners.values()]
-        if len(owners) != len(self.records) or not all(((0 <= step) & (step <= 1)).all() for step in steps):
-            raise self.damaged("index.jsonl")
+        self.index_lines, self.index = self.read_index()
+        owners, self.rows = self.index["source"], {}
+        for n, source in enumerate(SOURCES):
+            first, count = int(np.argmax(owners == n)), int(np.count_nonzero(owners == n))
+            self.rows[source] = range(first, first + count)
+            if not np.array_equal(self.index["item"][first : first + count], np.arange(count)):
+                raise self.damaged("index.jsonl")
         self.empty_context = None
         if self.text:
             self.empty_context = self.tensor("empty.safetensors", "context", 0, 2)
+
+    def __reduce__(self):
+        return EncodedClips, (self.folder, self.text)  # a worker opens it for itself
+
+    def read_index(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of index.jsonl and what lies in index.npy, both mapped."""
+        lines, index = (os.path.join(self.folder, name) for name in ("index.jsonl", "index.npy"))
+        try:
+            lines = np.memmap(lines, np.uint8, "r")
+            index = np.load(index, mmap_mode="r") if os.path.exists(index) else index_of(lines)
+        except (OSError, ValueError, EOFError) as error:
+            raise self.damaged("index.jsonl", one_line(error)) from error
+        if index.dtype == INDEX and index.ndim == 1 and len(index):
+            starts = index["start"]
+            if starts[0] == 0 and (np.diff(starts) > 0).all() and starts[-1] == len(lines):
+                return lines, index
+        raise self.damaged("index.jsonl", "index.npy is not about it")
 
     def damaged(self, name: str, why="it does not hold what it should") -> ValueError:
         return ValueError(f"{os.path.join(self.folder, name)} is damaged: {why}; remove the folder and encode again")
@@ -71,21 +121,24 @@ class EncodedClips:
         raise self.damaged(shard)
 
     def count(self, source: str) -> int:
-        return int(self.owners[source][-1]) + 1 if len(self.owners[source]) else 0
+        return len(self.rows[source])
 
     def lines(self, source: str, i: int) -> list[dict]:
         """The lines of the index about an item."""
-        first, last = np.searchsorted(self.owners[source], [i, i + 1])
+        first, last = self.index["start"][self.rows[source][i] :][:2]
         try:
-            lines = [json.loads(self.records[n]) for n in self.rows[source][first:last]]
+            lines = [json.loads(line) for line in self.index_lines[first:last].tobytes().splitlines()]
         except (ValueError, RecursionError) as error:
             raise self.damaged("index.jsonl", f"{source} {i}: {one_line(error)}") from error
-        if not all(map(is_line, lines)):
+        if not all(is_line(line) and (line["source"], line.get("item")) == (source, i) for line in lines):
             raise self.damaged("index.jsonl", f"{source} {i} is not what it should be")
         return lines
 
     def name(self, source: str, i: int) -> str:
-        return self.lines(source, i)[0]["path"]
+        """The name of an item in messages, where its list lies now."""
+        folder = self.lists[source]
+        folder = folder if os.path.isdir(folder) else os.path.dirname(folder)
+        return os.path.join(folder, self.lines(source, i)[0]["path"])
 
     def sample(self, source: str, i: int, u: float, v: float, fps_values=()) -> Sample:
         """The same sample as that of LiveClips: an item's lines stand in the order of its FPS values, then of k."""
@@ -104,18 +157,16 @@ class EncodedClips:
         wanted = 1 if line["source"] == "caption" else spec.frames
         if T != wanted or channels % 2 or h * spec.width != w * spec.height:
             raise self.damaged(line["shard"], f"its moments are {tuple(moments.shape)}")
-        context = self.tensor(line["shard"], "context", line["row"], 2) if self.text else None
+        row = line.get("context", line["row"])  # earlier versions stored a caption's context with each sample
+        context = self.tensor(line["shard"], "context", row, 2) if self.text else None
         if self.text and context.shape != self.empty_context.shape:
             raise self.damaged(line["shard"], f"its contexts are {tuple(context.shape)}")
         return Sample(moments, line["caption"], line["fps"], line["k"], tuple(map(tuple, line["skipped"])), context)
 
     def made(self, source: str) -> np.ndarray | None:
         """What the items were made from (N, 2), see clips/changes.py; None in folders of earlier versions."""
-        firsts = self.rows[source][np.diff(self.owners[source], prepend=-1) > 0]
-        starts = [LINE_START.match(self.records[n][:200].encode()) for n in firsts]
-        if not all(start and start[4] for start in starts):
-            return None
-        return from_hexes(b"".join(start[4] for start in starts).decode())
+        made = self.index["made"][self.rows[source].start : self.rows[source].stop]
+        return made if made[:, 0].all() else None
 
     @property
     def data(self) -> str | None:
@@ -140,7 +191,9 @@ def is_line(line) -> bool:
         return False
     if "bad" in line:
         return isinstance(line["bad"], str)
-    return (all(type(line.get(name)) is kind for name, kind in FIELDS.items()) and line["row"] >= 0
+    rows = line.get("row"), line.get("context", 0)
+    return (all(type(line.get(name)) is kind for name, kind in FIELDS.items())
+            and all(type(row) is int and row >= 0 for row in rows)
             and is_text(line["caption"]) and re.fullmatch(r"[\w+-]+\.safetensors", line["shard"]) is not None
             and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in line["skipped"]))
 
@@ -149,7 +202,7 @@ def read_settings(folder: str) -> dict:
     """The spec.json of a folder, with its spec as a Spec."""
     try:
         settings = read_json(os.path.join(folder, "spec.json"))
-        spec = Spec(**settings["spec"] | {"fps_values": tuple(settings["spec"]["fps_values"])})
+        spec = as_spec(settings["spec"])
         check(spec)
         kinds = {"text": bool, "vae": str, "lists": dict, "dtype": str}
         if not (all(type(settings.get(name)) is kind for name, kind in kinds.items())
@@ -162,6 +215,11 @@ def read_settings(folder: str) -> dict:
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is not a folder of encoded clips: spec.json is damaged") from error
     return settings | {"spec": spec}
+
+
+def as_spec(fields: dict) -> Spec:
+    """A Spec from what JSON made of its fields."""
+    return Spec(**fields | {"fps_values": tuple(fields["fps_values"])})
 
 
 def fingerprint(network) -> str:

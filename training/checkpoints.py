@@ -3,33 +3,20 @@
 import os
 import re
 import zipfile
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
 
 from cli import beside, warn
-from clips.jobs import lock
+from clips.jobs import held
 from training.config import Config
 from training.offload import OffloadAdamW
 from training.ranks import Ranks
 
 
-@contextmanager
 def claimed(cfg: Config, ranks: Ranks):
-    """Context manager: make out_dir, and keep other runs out of it. Raises ValueError when one is there.
-
-    Rank 0 holds a lock, which the system releases when the process ends, however it ends.
-    """
-    if ranks.rank:
-        yield
-        return
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    with open(os.path.join(cfg.out_dir, ".lock"), "w") as file:
-        if not lock(file):
-            raise ValueError(f"out_dir must be free, but another run writes to {cfg.out_dir}: choose another folder, "
-                             "or end that run")
-        yield
+    """Context manager: make out_dir, and keep other runs out of it. Raises ValueError when one is there."""
+    return ranks.on_rank_0(held(cfg.out_dir))
 
 
 def save_run(cfg: Config, ranks: Ranks, step: int, module, optimizer: OffloadAdamW, scale, log, data: str | None):

@@ -7,13 +7,14 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from clips.decode import Bad
-from clips.encode import all_samples
 from clips.encoded import EncodedClips
+from clips.encoder import all_samples
 from clips.lists import Items
 from sd import Settings, build
 from sd.device import free_memory, pick_dtype
@@ -96,9 +97,12 @@ def data_lines(cfg: Config, shape: ModelConfig, world: int):
         if not os.path.exists(path):
             yield source, f"{path} is not there yet"
             continue
-        count = len(Items(source, path))
-        disk = f", up to {gigabytes(count * encoded_size(cfg, shape, source))} to encode" if cfg.encoded else ""
-        yield source, epoch(cfg, world, source, count) + disk
+        items, disk = Items(source, path, cfg.captions), ""
+        if cfg.encoded:
+            sizes = {what: len(items) * size for what, size in encoded_size(cfg, shape, items).items() if size}
+            parts = " and ".join(f"{gigabytes(size)} of {what}" for what, size in sizes.items())
+            disk = f", up to {gigabytes(sum(sizes.values()))} to encode: {parts}"
+        yield source, epoch(cfg, world, source, len(items)) + disk
 
 
 def epoch(cfg: Config, world: int, source: str, items: int) -> str:
@@ -106,14 +110,18 @@ def epoch(cfg: Config, world: int, source: str, items: int) -> str:
     return f"{items:,} items, {(items - cfg.validation) / in_a_step:,.0f} steps an epoch of {processes(world)}"
 
 
-def encoded_size(cfg: Config, shape: ModelConfig, source: str) -> int:
-    """Bytes that an item takes when encoded in float16, at every FPS: moments, and with a frozen tower contexts."""
-    factor, spec = shape.vae.downsampling, sample_spec(cfg)
+def encoded_size(cfg: Config, shape: ModelConfig, items: Items) -> dict[str, int]:
+    """Bytes that an item takes when encoded in float16, at every FPS: moments, and with a frozen tower the contexts of
+    its captions, of which each item is taken to have as many as the first."""
+    factor, source = shape.vae.downsampling, items.source
     frames = 1 if source == "caption" else cfg.frames
     moments = frames * 2 * shape.vae.latent_channels * (cfg.height // factor) * (cfg.width // factor)
+    samples = sample_spec(cfg).repeats(source) * (len(cfg.fps_values) if source == "video" else 1)
+    captions = 1
+    with suppress(Bad):
+        captions = min(samples, len(items[0].captions))
     context = 0 if cfg.train_text else shape.text.length * shape.text.width
-    samples = spec.repeats(source) * (len(cfg.fps_values) if source == "video" else 1)
-    return 2 * samples * (moments + context)
+    return {"moments": 2 * samples * moments, "contexts": 2 * captions * context}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

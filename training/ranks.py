@@ -4,6 +4,7 @@ torchrun starts the ranks, names one that dies, and restarts all (`--max-restart
 """
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -82,6 +83,13 @@ class Ranks:
         """Every world-th of some items, from this rank's first on."""
         return list(items)[self.rank :: self.world]
 
+    def take(self, name: str, items: list):
+        """Yield (n, items[n]) of what this rank takes: the next that no rank has taken, so that a slow one holds nobody
+        up. A name serves once."""
+        numbers = itertools.count() if self.world == 1 else iter(lambda: self.watchdog.store.add(name, 1) - 1, None)
+        while (n := next(numbers)) < len(items):
+            yield n, items[n]
+
     def on_rank_0(self, manager):
         """The context manager on rank 0; elsewhere one that does nothing."""
         return nullcontext() if self.rank else manager
@@ -93,13 +101,13 @@ class Ranks:
             yield self.from_rank_0(name, lambda: value)
             self.together()
 
-    def together(self):
+    def together(self, name="together"):
         """Wait until every rank is here, by the store: gloo of torch 2.6 can deadlock where a collective comes just
-        before the end of its group."""
+        before the end of its group. A name serves once."""
         if self.world > 1:
             with suppress(RuntimeError):  # without torchrun the store goes with rank 0, which leaves when all are here
-                self.watchdog.store.add("together", 1)
-                while self.watchdog.store.add("together", 0) < self.world:
+                self.watchdog.store.add(name, 1)
+                while self.watchdog.store.add(name, 0) < self.world:
                     time.sleep(POLL)
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from sd.presets import PRESETS, ModelConfig
 from sd.sources import is_repository
 from training.config import Config, portable
 from training.low_rank import add_low_rank
+from training.ranks import Ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -124,17 +125,21 @@ def render_world(cfg: Config):
                              f"{ours}: choose another folder for `toy`, or remove it")
 
 
-def make_ready(cfg: Config, model: Model, device) -> dict[str, str]:
-    """Render and encode what is missing -> the lists; none where everything is encoded already."""
+def make_ready(cfg: Config, model: Model, ranks: Ranks) -> dict[str, str]:
+    """Render and encode what is missing, on all ranks -> the lists; none where everything is encoded already."""
     ahead = cfg.encoded if cfg.train == "unet" else ""
-    if ahead and os.path.exists(ahead):
-        require_current(cfg)
-        return {}
-    lists = data_lists(cfg)
-    if ahead:
-        model.vae.to(device)
-        model.text.to(device)
-        encode(model, lists, ahead, sample_spec(cfg), text=not cfg.train_text)
+
+    def missing():
+        if ahead and os.path.exists(ahead):
+            require_current(cfg)
+            return {}
+        return data_lists(cfg)
+
+    lists = ranks.from_rank_0("lists", missing)
+    if ahead and lists:
+        model.vae.to(ranks.device)
+        model.text.to(ranks.device)
+        encode(model, lists, ahead, sample_spec(cfg), text=not cfg.train_text, ranks=ranks)
         model.vae.to("cpu")
         model.text.to("cpu")
     return lists

@@ -123,7 +123,7 @@ def train(cfg: Config, make_unet, variant=Variant(""), curve=(), graded=False) -
         torch.manual_seed(cfg.seed)
         model = make_model(cfg)
         model.unet = make_unet(model.unet)
-        lists = make_ready(cfg, model, ranks.device)  # all of the mix, whatever the variant: runs share what is encoded
+        lists = make_ready(cfg, model, ranks)  # all of the mix, whatever the variant: runs share what is encoded
         if not variant.triple_data:
             cfg = replace(cfg, mix={"video": 1})
         task = ProbedTask(curve, graded, variant.videos, cfg, model, lists, ranks)
@@ -251,7 +251,7 @@ def prepare_runs(study: Study) -> Config:
             train(cfg, (lambda unet: unet) if n else image_unet)
     cfg = read_config([os.path.join(CONFIGS, study.run + ".py")])
     with Ranks(cfg.timeout) as ranks:
-        make_ready(cfg, make_model(cfg), ranks.device)
+        make_ready(cfg, make_model(cfg), ranks)
     return cfg
 
 

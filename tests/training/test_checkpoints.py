@@ -170,7 +170,7 @@ def test_two_runs_into_one_folder_are_refused(copied, world):
         before = sorted(os.listdir(copied / "run"))
         done = train_here(*options)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert f"train.py: out_dir must be free, but another run writes to {copied}/run: choose" in done.stderr
+        assert f"train.py: another job writes to {copied}/run: choose" in done.stderr
         assert sorted(os.listdir(copied / "run")) == before
     assert train_here(*options).returncode == 0
 

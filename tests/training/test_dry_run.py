@@ -1,15 +1,18 @@
 """training/dry_run.py: what `--dry_run` says, with and without data, weights and a formula for attention."""
 
+import dataclasses
 import os
 import re
 
 import pytest
 import torch
 from runs import ROOT, ci_options, train_here
+from safetensors.torch import load_file
 
+from clips.lists import Items
 from training import account, dry_run
 from training.config import read_config
-from training.setup import make_model
+from training.setup import data_lists, make_model
 
 
 def lines_of(done) -> dict[str, str]:
@@ -65,18 +68,17 @@ def test_it_says_what_encoding_will_take(world, finished, untimed, tmp_path):
     """As much as the encoded folder of the same lists, where there is one."""
     done = train_here(*ci_options(world, tmp_path), "--dry_run", "--train_text=False", "--mix={'label': 1}")
     text = lines_of(done)["data, label"]
-    match = re.fullmatch(r"72 items, 18 steps an epoch of one process, up to (\d+\.\d\d) GB to encode", text)
-    cfg = read_config([f"{ROOT}/configs/ci.py"])
+    assert re.fullmatch(r"72 items, 18 steps an epoch of one process, up to 0\.00 GB to encode: 0\.00 GB of moments "
+                        r"and 0\.00 GB of contexts", text)
+    cfg = dataclasses.replace(read_config([f"{ROOT}/configs/ci.py"]), toy=str(world))
     shape = account.shape_of(cfg)
-    context = 72 * 2 * shape.text.length * shape.text.width * 2
-    shards = sum(path.stat().st_size for path in (finished[0] / "encoded").glob("label-*"))
-    sizes = [items * dry_run.encoded_size(cfg, shape, source) for source, items in (("label", 72), ("video", 8),
-                                                                                     ("caption", 8))]
-    assert match and sizes[0] == pytest.approx(shards, rel=0.02)
-    assert float(match[1]) == pytest.approx((sizes[0] + context) / 1e9, abs=0.005)
-    others = [sum(path.stat().st_size for path in (finished[0] / "encoded").glob(f"{source}-*"))
-              for source in ("video", "caption")]
-    assert sizes[1:] == pytest.approx(others, rel=0.05)
+    for source, path in data_lists(cfg).items():
+        items = Items(source, path)
+        stored = [load_file(path)["moments"] for path in (finished[0] / "encoded").glob(f"{source}-*")]
+        sizes = dry_run.encoded_size(cfg, shape, items)
+        assert len(items) * sizes["moments"] == sum(tensor.nbytes for tensor in stored) and not sizes["contexts"]
+        frozen = dry_run.encoded_size(dataclasses.replace(cfg, train_text=False), shape, items)
+        assert frozen == sizes | {"contexts": 2 * shape.text.length * shape.text.width}
 
 
 def test_it_counts_for_a_gpu_where_the_dtype_is_for_one(world, finished, untimed, monkeypatch):

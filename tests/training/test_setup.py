@@ -13,6 +13,7 @@ from runs import ROOT, ci_options, few_labels, train_here
 
 import sd
 from training.config import read_config
+from training.ranks import Ranks
 from training.setup import check_inputs, data_lists, make_model, make_ready, open_clips
 
 CI, CPU = f"{ROOT}/configs/ci.py", torch.device("cpu")
@@ -64,7 +65,7 @@ def encoding(world, micro, tmp_path):
 
 def test_contexts_of_another_tower_are_refused(encoding):
     cfg, model = encoding
-    lists = make_ready(cfg, model, CPU)
+    lists = make_ready(cfg, model, Ranks(600))
     open_clips(cfg, model, lists, CPU)
     torch.nn.init.normal_(next(model.text.parameters()))
     with pytest.raises(ValueError, match="was encoded by another text tower than the model's"):
@@ -74,18 +75,18 @@ def test_contexts_of_another_tower_are_refused(encoding):
 def test_latents_of_other_lists_are_refused(encoding, world, tmp_path, capsys):
     """The same lists in another place are not others; where they cannot be found, that is told."""
     cfg, model = encoding
-    make_ready(cfg, model, CPU)
+    make_ready(cfg, model, Ranks(600))
     capsys.readouterr()
     shutil.copytree(world, tmp_path / "copy")
-    assert make_ready(cfg, model, CPU) == {} and not capsys.readouterr().err
+    assert make_ready(cfg, model, Ranks(600)) == {} and not capsys.readouterr().err
     cfg = dataclasses.replace(cfg, video=f"{tmp_path}/copy/videos.csv")
-    assert make_ready(cfg, model, CPU) == {} and not capsys.readouterr().err
-    assert make_ready(dataclasses.replace(cfg, caption="mine.jsonl"), model, CPU) == {}
+    assert make_ready(cfg, model, Ranks(600)) == {} and not capsys.readouterr().err
+    assert make_ready(dataclasses.replace(cfg, caption="mine.jsonl"), model, Ranks(600)) == {}
     assert capsys.readouterr().err == (f"warning: {cfg.encoded} is used as it is, changes of its data cannot be "
                                        "noticed: mine.jsonl cannot be found\n")
     (tmp_path / "mine.jsonl").write_text('{"path": "x.png", "caption": "x"}\n')
     with pytest.raises(ValueError, match=f"1 of 11 items changed .* 7 are gone; .* --caption {tmp_path}/mine.jsonl`"):
-        make_ready(dataclasses.replace(cfg, caption=f"{tmp_path}/mine.jsonl"), model, CPU)
+        make_ready(dataclasses.replace(cfg, caption=f"{tmp_path}/mine.jsonl"), model, Ranks(600))
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def own_clips(tmp_path, world, micro):
     cfg = read_config([CI, f"--init={micro}", "--toy=", f"--video={folder}", f"--encoded={tmp_path}/encoded",
                        "--mix={'video': 1}"])
     model = make_model(cfg)
-    make_ready(cfg, model, CPU)
+    make_ready(cfg, model, Ranks(600))
     return cfg, model, folder
 
 
@@ -110,7 +111,7 @@ def test_data_that_changed_since_they_were_encoded_are_refused(own_clips):
     shutil.copy(folder / "0.mp4", folder / "1.mp4")
     shutil.copy2(folder / "0.mp4", folder / "2.mp4")
     with pytest.raises(ValueError) as told:
-        make_ready(cfg, model, CPU)
+        make_ready(cfg, model, Ranks(600))
     assert str(told.value) == (
         f"{cfg.encoded} was encoded from other data: 2 of 3 items changed since they were encoded (1 captions, 1 "
         f"files), 1 are new, 0 are gone; run `python -m clips.encode {cfg.encoded} --ckpt MODEL --update`, or remove "
@@ -124,10 +125,10 @@ def test_a_folder_without_its_clips_is_used_as_it_is(own_clips, capsys):
         clip.rename(folder.parent / clip.name)
     os.symlink("elsewhere", folder / "0.mp4")
     os.symlink("elsewhere", folder / "1.mp4")
-    make_ready(cfg, model, CPU)
+    make_ready(cfg, model, Ranks(600))
     assert "nothing has changed since it was encoded; the files of 2 are not there any more" in capsys.readouterr().err
     shutil.rmtree(folder)
-    make_ready(cfg, model, CPU)
+    make_ready(cfg, model, Ranks(600))
     assert f"cannot be noticed: {folder} cannot be found" in capsys.readouterr().err
 
 
@@ -135,8 +136,9 @@ def test_a_folder_of_an_earlier_version_is_used_and_told(own_clips, capsys):
     cfg, model, _ = own_clips
     index = Path(cfg.encoded, "index.jsonl")
     index.write_text(re.sub('"made": "[0-9a-f]*", ', "", index.read_text()))
+    index.with_name("index.npy").unlink()
     capsys.readouterr()
-    make_ready(cfg, model, CPU)
+    make_ready(cfg, model, Ranks(600))
     assert "cannot be noticed: it does not say what it was made from" in capsys.readouterr().err
     assert open_clips(cfg, model, {}, CPU).sample("video", 0, 0, 0).caption == "a red box"
 
