@@ -2,8 +2,8 @@
 
     pip install -e ".[demo]" && python demo.py
 
-Every field is an option of sample.py, read as the command line reads it. While `stream` works, the page shows what the
-model expects, the predicted x_0. It loads nothing from elsewhere, and gives away no files but its own.
+Open the address that it prints. Every field is an option of sample.py, read as the command line reads it. The video is
+shown while it is made. The page loads nothing from elsewhere, and gives away no files but its own.
 """
 
 import json
@@ -135,13 +135,13 @@ class Studio:
 # The page
 
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: auto }
+.gradio-container { max-width: 1200px !important; margin: auto } .small { image-rendering: pixelated }
 .job { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(250px, 100%), 1fr)); gap: 16px }
 figure { margin: 0 0 16px } figcaption { font-size: .85em; opacity: .7 } progress { width: 100%; accent-color: #2563eb }
 .job video, .job img, .nothing { width: 100%; border-radius: 6px; background: #8882 }
-.nothing { padding: 20% 1em; text-align: center; box-sizing: border-box } #said span.error { display: none }
-.error { color: #dc2626; overflow-wrap: anywhere } .wrong :is(input, textarea) { border: 2px solid #dc2626 !important }
-.small { image-rendering: pixelated } @media (max-width: 800px) { #right { order: -1 } }
+.nothing { padding: 20% 1em; text-align: center; box-sizing: border-box }
+.error { color: #dc2626; overflow-wrap: anywhere } #said span.error, #made:not(:has(a)) { display: none }
+@media (max-width: 800px) { #right { order: -1 } }
 """
 
 
@@ -156,7 +156,7 @@ def told(jobs: list[Job], done="") -> str:
     """HTML of how far the videos are, and what a user should know of them."""
     step, steps = sum(job.step for job in jobs), sum(job.steps or jobs[0].steps for job in jobs)
     notes = dict.fromkeys(escape(note) for job in jobs for note in job.notes)
-    bar = f'<progress max="{steps}" value="{step}"></progress>step {step} of {steps}' if steps else "begins"
+    bar = f'<progress max="{steps}" value="{step}"></progress>step {step} of {steps}' if steps else "starting"
     return (done or bar) + "".join(f"<br>note: {note}" for note in notes)
 
 
@@ -171,33 +171,33 @@ def page(studio: Studio):
         about, named = ABOUT[name], {"label": name.replace("_", " "), "elem_id": name}
         info = about["help"].partition(" (default")[0]
         if about["metavar"] == "FILE":
-            return gr.File(**named | {"label": info}, height=110)
+            return gr.File(**named | {"label": info.partition(";")[0]}, height=150)
         default = cli.as_text(name, defaults[name])
         if isinstance(default, bool):
             return gr.Checkbox(**named, info=info)
         if about["choices"]:
             choices = (f"the model's: {default}", ""), *filter(None, about["choices"])
-            return gr.Dropdown(choices, **named, value="", info=info, min_width=140)
+            return gr.Dropdown(choices, **named, value="", info=info, min_width=180)
         return gr.Textbox(**named, info=info, placeholder=default, min_width=140)
 
     def refusal(error: Exception, values: dict) -> dict:
-        """What the page shows of an error: one line, and a red field."""
+        """What the page shows of an error: one line, and a red field. Gradio never forgets a field that it updates."""
         if not (isinstance(error, (ValueError, OSError)) and cli.is_ours(error)):
             traceback.print_exc()
             return {said: '<p role="alert" class="error">This did not work: the terminal says why.</p>'}
         text = cli.one_line(error)
         for path in filter(None, map(values.get, FILES)):  # where it lies is nobody's business
             text = text.replace(path, os.path.basename(path))
-        shown = {said: f'<p role="alert" class="error">{escape(text)}</p>'}
-        wrong = entries.get(text.split()[0].rstrip(":"))
-        return shown | ({wrong: gr.update(elem_classes=["wrong"])} if wrong else {})
+        wrong = text.split()[0].rstrip(":")
+        red = f"<style>#{wrong} :is(input, textarea) {{ border: 2px solid #dc2626 !important }}</style>"
+        return {said: f'<p role="alert" class="error">{escape(text)}</p>{red if wrong in entries else ""}'}
 
     def make(*values):
         values, began, before = dict(zip(entries, values)), time.monotonic(), ""
         asked = {name: values[name] for name in entries if name in ABOUT and name != "like"}
-        yield {entries[n]: gr.update(elem_classes=[]) for n in asked} | {said: "begins", made: gr.update(visible=False)}
+        yield {said: "starting", made: None}
         try:
-            forms = [asked, asked | {values["other"]: values["value"]}] if values["other"] else [asked]
+            forms = [asked, asked | {values["other"]: values["value"]}] if values["value"] else [asked]
             options = [replace(studio.options, **cli.read_fields(sample.Options, form)) for form in forms]
             jobs = [Job(one, values["attention"]) for one in options]
             with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +206,7 @@ def page(studio: Studio):
                     yield {said: told(jobs)} | ({stage: now} if now not in ("", before) else {})
                     before = now
                 yield {said: told(jobs, f"made in {time.monotonic() - began:.1f} s"), stage: seen(jobs),
-                       made: gr.update(value=[path for job in jobs for path in job.files], visible=True)}
+                       made: [path for job in jobs for path in job.files]}
         except Exception as error:
             yield refusal(error, values)
 
@@ -239,17 +239,17 @@ def page(studio: Studio):
                     with gr.Accordion(title, open=False):
                         entries |= {name: entry(name) for name in names}
                 with gr.Accordion("Compare, and look inside", open=False):
-                    entries["other"] = gr.Dropdown(["", *FIRST, *MORE], label="compare another", elem_id="other")
-                    entries["value"] = gr.Textbox(label="which is", elem_id="value")
+                    entries["other"] = gr.Dropdown([*FIRST, *MORE], label="compare with another", elem_id="other")
+                    entries["value"] = gr.Textbox(label="its value in the second video", elem_id="value")
                     entries["attention"] = gr.Checkbox(label="show which frames look at which", elem_id="attention")
                 entries["like"] = entry("like")
             with gr.Column(scale=3, elem_id="right"):
                 stage = gr.HTML('<div class="nothing">Here the video comes out of noise.</div>', elem_id="stage")
-                made = gr.File(label="to keep: video, GIF, settings", interactive=False, elem_id="made", visible=False)
-        inputs, outputs = [*entries.values()], [said, stage, made, *entries.values()]
-        work = go.click(make, inputs, outputs, show_progress="minimal", show_progress_on=said, api_name="make")
+                made = gr.File(label="to keep: video, GIF, settings", interactive=False, elem_id="made")
+        inputs, shown = [*entries.values()], {"show_progress": "minimal", "show_progress_on": said}
+        work = go.click(make, inputs, [said, stage, made], **shown, api_name="make")
         stop.click(None, cancels=work).then(lambda: "Stopped.", None, said)
-        entries["like"].upload(fill, inputs, outputs, show_progress="hidden")
+        entries["like"].upload(fill, inputs, [said, *inputs], show_progress="hidden")
     return blocks
 
 
@@ -279,18 +279,18 @@ class Options:
 
 
 def main():
-    o = cli.parse(Options, __doc__)
+    o, home = cli.parse(Options, __doc__), tempfile.TemporaryDirectory(prefix="etc-")
+    os.environ |= dict.fromkeys(("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"), home.name)  # all there is served
     try:
         import gradio as gr
     except ImportError as error:
         raise ValueError('the page needs gradio: pip install -e ".[demo]"') from error
     studio = Studio(sample.Options(ckpt=o.ckpt))
-    theme = gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace")
     blocks = page(studio).queue(default_concurrency_limit=1, max_size=100)
     _, address, _ = blocks.launch(
-        server_name=o.host, server_port=o.port, share=False, prevent_thread_lock=True, quiet=True, theme=theme, css=CSS,
-        footer_links=[], run_history=False, ssr_mode=False, max_file_size="100mb",
-        app_kwargs={"middleware": [(guard, (), {})]})
+        server_name=o.host, server_port=o.port, share=False, prevent_thread_lock=True, quiet=True, css=CSS,
+        theme=gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace"), footer_links=[],
+        run_history=False, ssr_mode=False, max_file_size="100mb", app_kwargs={"middleware": [(guard, (), {})]})
     print(address, flush=True)
     blocks.block_thread()  # until Ctrl-C
     studio.closing.set()

@@ -29,6 +29,7 @@ PAGE = """<!doctype html>
 body {{ margin: 1rem; font: 14px/1.4 system-ui, sans-serif; color: #222; background: #fff }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 1.5rem 1rem }}
 figure {{ margin: 0; overflow-wrap: anywhere }}
+p {{ margin: 0; max-height: 8.4em; overflow-y: auto }}
 video, img {{ width: 100%; background: #eee }}
 .small {{ image-rendering: pixelated }}
 summary, small {{ color: #666 }}
@@ -73,7 +74,7 @@ def figure(path: str) -> str:
     seed = told.pop("seed")
     settings = "<br>".join(escape(f"{name}: {value}") for name, value in told.items()
                            if value not in (None, "", [], {}, False))
-    return (f"<figure>{clip}<figcaption>{escape(prompt)}<br><small>seed {seed}</small>"
+    return (f'<figure>{clip}<figcaption><p dir="auto">{escape(prompt)}</p><small>seed {seed}</small>'
             f"<details><summary>settings</summary>{settings}</details></figcaption></figure>")
 
 

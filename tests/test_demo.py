@@ -41,12 +41,13 @@ def until(happens, what: str):
 class Server:
     """demo.py in a process of its own."""
 
-    def __init__(self, ckpt):
+    def __init__(self, ckpt, home):
+        self.home = home  # of temporary files
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.process = subprocess.Popen([sys.executable, "demo.py", "--ckpt", ckpt, "--port", str(self.port)], cwd=ROOT,
-                                        env=ONE_THREAD, text=True, stdout=subprocess.PIPE)
+                                        env=ONE_THREAD | {"TMPDIR": str(home)}, text=True, stdout=subprocess.PIPE)
         self.address = self.process.stdout.readline().strip()
         assert self.address == f"http://127.0.0.1:{self.port}/"
 
@@ -122,8 +123,8 @@ def file_at(path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def server(micro):
-    server = Server(micro)
+def server(micro, tmp_path_factory):
+    server = Server(micro, tmp_path_factory.mktemp("home"))
     yield server
     server.process.kill()
     server.process.wait()
@@ -174,6 +175,12 @@ class Page:
         text = "return document.querySelector('[role=alert].error')?.textContent"  # in one go: it changes
         return until(lambda: self.browser.execute_script(text), "a message")
 
+    def red(self):
+        """Names of the fields with a red border."""
+        return self.browser.execute_script(
+            "return [...document.querySelectorAll('[id] :is(input, textarea)')].filter(e => "
+            "getComputedStyle(e).borderColor == 'rgb(220, 38, 38)').map(e => e.closest('[id]').id)")
+
     def watch(self):
         """Wait for the video, and until it plays -> its length in seconds, and its sides."""
         until(lambda: self.all("#stage video"), "a video")
@@ -216,11 +223,11 @@ def test_what_cannot_be_is_told_in_the_words_of_request(page):
         page.write(name, text)
         page.press("go")
         until(lambda says=says: page.alert() == says, says)
-        assert page.all(f"#{name}.wrong") and len(page.all(".wrong")) == 1
+        assert page.red() == [name]
         page.write(name, "1")
     page.press("go")
     page.watch()
-    assert not page.all(".wrong") and not page.all(".error")
+    assert not page.red() and not page.all(".error")
 
 
 def test_a_video_gives_its_settings_back(page, server, run, micro, tmp_path):
@@ -288,15 +295,15 @@ def test_twenty_at_once_end_in_order_and_in_flat_memory(server):
         events = [server.ask(session, prompt="x", steps="1", seed=str(n)) for n in range(asked)]
         ended = list(server.ends(session))
         assert [event for event, _ in ended] == events
-        names = [outputs["made"]["value"][0]["orig_name"] for _, outputs in ended]
+        names = [outputs["made"][0]["orig_name"] for _, outputs in ended]
         assert names == [f"x-seed{n}.mp4" for n in range(asked)]
         memory.append(server.memory())
-    assert memory[1] - memory[0] < 20e6
+    assert memory[1] - memory[0] < 2.5e6
 
 
 def test_two_settings_beside_each_other_and_the_attention(server):
     made = server.made(prompt="x", steps="2", guidance="1", other="guidance", value="5", attention=True)
-    told = [json.load(server.open(f"gradio_api/file={file['path']}")) for file in made["made"]["value"][2::3]]
+    told = [json.load(server.open(f"gradio_api/file={file['path']}")) for file in made["made"][2::3]]
     assert [(one["guidance"], one["seed"]) for one in told] == [(1, 0), (5, 0)]
     assert made["stage"].count("<video") == 2 and made["stage"].count("attention: ") == 2
     refused = server.made(prompt="x", attention=True, layout="temporal")
@@ -307,7 +314,7 @@ def test_given_frames_and_prompts_that_change(server, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     given = {"first": server.upload(tmp_path / "red.png"), "prompts_at": "0: one; 2: two", "steps": "2"}
     made = server.made(**given)
-    told = json.load(server.open(f"gradio_api/file={made['made']['value'][2]['path']}"))
+    told = json.load(server.open(f"gradio_api/file={made['made'][2]['path']}"))
     assert told["first"] == "red.png" and told["prompts_at"] == {"0": "one", "2": "two"}
     assert "never trained with given frames" in made["said"]
     (tmp_path / "red.png").write_text("no picture")
@@ -324,6 +331,18 @@ def test_given_frames_and_prompts_that_change(server, tmp_path):
 def test_no_path_is_served_but_what_was_uploaded_or_made(server, path):
     status, body = server.get(f"gradio_api/{path}")
     assert status in (403, 404) and len(body) < 200
+
+
+def test_what_other_pages_on_this_machine_were_given_is_not_served(server):
+    theirs = server.home / "gradio" / "a.png"  # where gradio keeps files, unless it is told where
+    theirs.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(theirs)
+    assert server.get(f"gradio_api/file={theirs}")[0] == 403
+    assert server.made(prompt="x", steps="1", first=file_at(theirs)) is False, "it is refused"
+    ours = Path(server.upload(theirs)["path"])
+    assert server.get(f"gradio_api/file={ours}") == (200, theirs.read_bytes())
+    assert server.home in ours.parents and ours.parents[1].stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(theirs.parent)
 
 
 @pytest.mark.parametrize("name", ["first", "extend", "like", "prompt"])
@@ -348,4 +367,4 @@ def test_ctrl_c_ends_it_in_the_middle_of_work(server):
     server.ask("last", prompt="x", steps="1000")
     until(lambda: not server.rests(), "it works")
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(PATIENCE) == 0
+    assert server.process.wait(PATIENCE) == 0 and not os.listdir(server.home), "it leaves no file"

@@ -24,7 +24,7 @@ def test_a_gallery_holds_the_clips_and_tells_how_each_was_made(run, micro, tmp_p
         with av.open(io.BytesIO(base64.b64decode(data))) as file:
             assert len(list(file.decode(video=0))) == 4
     assert len(set(clips)) == 4 and "<h1>4 clips</h1>" in text
-    captions = re.findall(r"<figcaption>(.*?)<br><small>seed (\d+)</small>", text)
+    captions = re.findall(r'<figcaption><p dir="auto">(.*?)</p><small>seed (\d+)</small>', text)
     assert captions == [(prompt, seed) for prompt in ("a &lt;b&gt;bold&lt;/b&gt; circle", "a blue square")
                         for seed in "78"]
     assert text.count("negative: fog<br>") == 4 and text.count("steps: 1<br>") == 4
@@ -41,7 +41,7 @@ def test_a_gallery_of_images_and_of_prompts_that_change(run, micro, tmp_path):
     done = run("sample.py", "--prompts_at", "0: one; 2: two", "--ckpt", micro, "--steps", 1, "--out",
                tmp_path / "b.html")
     assert done.returncode == 0, done.stderr
-    assert "<figcaption>0: one; 2: two<br>" in (tmp_path / "b.html").read_text()
+    assert ">0: one; 2: two</p>" in (tmp_path / "b.html").read_text()
 
 
 @pytest.mark.parametrize("finished", [0, 1])
