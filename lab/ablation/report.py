@@ -8,6 +8,7 @@ import numpy as np
 
 from lab import toy
 from lab.ablation.runs import SEEDS, SIZES, VARIANTS, Variant
+from lab.evals.toy import ANSWERS, EACH
 from lab.metrics import wilson
 from training.config import Config
 
@@ -59,6 +60,21 @@ def tables(results: list[dict]):
         yield from ["", *heading(f"loss of {kind}s", [f"step {step}" for step in at])]
         for row in pick(rows, "neither", "both", "both, gated"):
             yield line(row.name, [cell(row.spread("loss", step, kind), 3) for step in at])
+    yield from second_level(rows.values())
+
+
+def second_level(rows):
+    """Yield lines of Markdown: what rows, each with a name and runs, have right on level 2 of the toy world; none where
+    no run was graded on it."""
+    graded = {row.name: [run["level 2"] for run in row.runs if "level 2" in run] for row in rows}
+    graded = {name: seen for name, seen in graded.items() if seen}
+    if graded:
+        columns = (*ANSWERS, "all", "wrong cuts", "mixed up")
+        yield from ["", *heading("level 2, %", columns)]
+        for name, seen in graded.items():
+            videos = sum(one["videos"] for one in seen)
+            totals = [(sum(one[what] for one in seen), videos * (2 if what in EACH else 1)) for what in columns]
+            yield line(name, [cell([100 * x for x in (count / of, *wilson(count, of))], 0) for count, of in totals])
 
 
 def line(name: str, cells: list[str]) -> str:

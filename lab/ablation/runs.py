@@ -27,7 +27,7 @@ from data import generator, start_method
 from embed import mixed_embedding
 from grid import fold
 from lab import toy
-from lab.evals.toy import ANSWERS, grade_fps, grade_prompts, trajectory_distances
+from lab.evals.toy import grade_fps, grade_prompts, trajectory_distances
 from model import UNet
 from sample import Request
 from sd.device import precision
@@ -211,8 +211,8 @@ def score(model: sd.Model, fps_values) -> dict:
 
 
 def shares(report) -> dict:
-    """How many videos of a report there are, are right in what, and are cut wrongly."""
-    return {"videos": report.videos, **{name: report.right[name] for name in ANSWERS}, "wrong cuts": report.wrong_cuts}
+    """How many videos of a report there are, are right in what (at level 2, how many shapes), and are wrong in what."""
+    return {"videos": report.videos, **{name: count for name, (count, _) in report.counts().items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +300,8 @@ def one_run(cfg: Config, study: Study, variant: Variant, seed: int) -> dict:
         trained = time.time()
         with precision(getattr(torch, cfg.dtype), next(model.unet.parameters()).device):
             scores = study.score(model, cfg.fps_values) if study.score else {}
+            if cfg.toy_level == 2:
+                scores["level 2"] = shares(grade_prompts(model, "test", 1, Request(steps=STEPS), 24, level=2))
     shutil.rmtree(cfg.out_dir)
     return {"variant": variant.name, "seed": seed, "steps": cfg.max_steps, "dtype": cfg.dtype, **scores,
             "worth of direction": worth, "loss": task.probes, "train_s": round(trained - began),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from lab.ablation.report import cell, curve, heading, line
+from lab.ablation.report import cell, curve, heading, line, second_level
 from lab.ablation.runs import CONFIGS, NARROW, STUDIES, WAYS
 from lab.bench.step import our_step
 from lab.bench.timing import in_turn
@@ -78,12 +78,14 @@ def tables(results: list[dict], seconds: dict[str, float]):
     """Yield lines of Markdown."""
     columns = [*(f"{name}, %" for name in GRADED), "direction by run, %", "loss", "half move right at step", "after s",
                "ms a step"]
+    shown = ways_of(results, seconds)
     yield from heading("", columns)
-    for way in ways_of(results, seconds):
+    for way in shown:
         last = way.steps[-1]
         cells = [cell(way.share(name, last), 0) for name in GRADED] + [way.each("direction", last)]
         cells += [cell(way.spread("video", last), 4), *way.half(), f"{1000 * way.step_seconds:.0f}"]
         yield line(way.name, cells)
+    yield from second_level(shown)
 
 
 def draw_figure(results: list[dict], path: str, seconds: dict[str, float]):

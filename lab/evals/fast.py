@@ -29,7 +29,7 @@ from lab.ablation.report import cell, curve, heading, line, require_matplotlib
 from lab.ablation.runs import read_results
 from lab.bench import timing
 from lab.bench.video import steps_of
-from lab.evals.toy import ANSWERS, track, trajectory_distances
+from lab.evals.toy import ANSWERS, EACH, judge, track, trajectory_distances
 from lab.metrics import psnr, wilson
 from lab.toy.grader import centroids
 from sample import SHIPPED, NoiseSchedule, Request, generate
@@ -84,58 +84,66 @@ def forward_equivalents(request: Request, timesteps: list[int], reused: float) -
 # Quality
 
 
-def sampled(model: sd.Model, request: Request, split: str, seeds: int, said: str, batch_size=8):
+def sampled(model: sd.Model, request: Request, split: str, seeds: int, said: str, level=1, batch_size=8):
     """Yield (scene, video uint8 (T, H, W, 3), the last x_0 that was predicted) for every scene of a split, all of them
     with one seed before the next."""
-    jobs = [(scene, seed) for seed in range(seeds) for scene in toy.scenes(split)]
+    jobs = [(scene, seed) for seed in range(seeds) for scene in toy.scenes(split, level)]
     for at in tqdm(range(0, len(jobs), batch_size), desc=said, unit="batch", file=sys.stderr):
         (scenes, numbers), last = zip(*jobs[at : at + batch_size]), {}
-        asked = replace(request, prompt=tuple(toy.caption(*scene) for scene in scenes))
+        asked = replace(request, prompt=tuple(map(toy.describe, scenes)))
         videos = generate(model, asked, seeds=numbers, progress=lambda *step, to=last: to.update(x0=step[3]))
         yield from zip(scenes, videos, last["x0"].cpu())
 
 
 def fitted_psnr(scene, centers, video) -> float:
     """PSNR, dB, of a square video against the true render that fits it best: the scene that was asked for on the
-    straight line through the centers (T, 2), in world pixels, that the grader read. Where it read fewer than two,
-    against the background alone."""
-    (color, shape, _, background), size = scene, video.shape[1]
-    seen, path = np.flatnonzero(~np.isnan(centers[:, 0])), np.full_like(centers, -toy.SIZE)
-    if len(seen) > 1:
-        middle = np.full((1, 2), toy.SIZE / 2)
-        off = centroids(toy.coverage(shape, middle)) - middle  # a shape is drawn around its box, and read by its mass
-        speed, start = np.polyfit(seen, centers[seen], 1)
-        path = start - off + speed * np.arange(len(centers))[:, None]
-    true = toy.draw(color, shape, background, path * size / toy.SIZE, size)
+    straight lines through the centers (T, 2), of two shapes (2, T, 2), in world pixels, that the grader read. A shape
+    for which it read fewer than two is left out."""
+    size, paths = video.shape[1], []
+    for (_, shape, _), read in zip(toy.things(scene), centers.reshape(-1, *centers.shape[-2:])):
+        seen, path = np.flatnonzero(~np.isnan(read[:, 0])), np.full_like(read, -toy.SIZE)
+        if len(seen) > 1:
+            middle = np.full((1, 2), toy.SIZE / 2)
+            off = centroids(toy.coverage(shape, middle)) - middle  # drawn around its box, and read by its mass
+            speed, start = np.polyfit(seen, read[seen], 1)
+            path = start - off + speed * np.arange(len(read))[:, None]
+        paths.append(path * size / toy.SIZE)
+    true = toy.draw_scene(scene, paths, size)
     return psnr(*(torch.from_numpy(clip).double() / 255 for clip in (video, true)))
 
 
-def measure(model: sd.Model, request: Request, split: str, seeds: int, said: str, exact=()) -> dict:
+def measure(model: sd.Model, request: Request, split: str, seeds: int, said: str, exact=(), level=1) -> dict:
     """Sample and grade every scene of a split, `seeds` times each -> what is noted of it.
 
     exact  what the last x_0 of the first videos should be
     """
     right, tracks, decibels, apart = Counter(), [], [], []
-    for n, (scene, video, x0) in enumerate(sampled(model, request, split, seeds, said)):
-        seen = toy.grade(video)
-        right.update(name for name, answer in zip(ANSWERS, scene) if getattr(seen, name) == answer)
-        right["wrong cuts"] += seen.wrong_cut
-        tracks.append(track(seen))
-        decibels.append(fitted_psnr(scene, seen.centers, video))
+    for n, (scene, video, x0) in enumerate(sampled(model, request, split, seeds, said, level)):
+        found = judge(scene, video)
+        right.update(found.right, **{"wrong cuts": found.seen[0].wrong_cut, "mixed up": found.mixed_up})
+        tracks.append(track(found.seen))
+        decibels.append(fitted_psnr(scene, np.stack([one.centers for one in found.seen]), video))
         apart += [(x0 - exact[n]).square().mean().item()] if n < len(exact) else []
-    videos = len(tracks)
-    shares = {name: dict(zip(("share", "low", "high"), (right[name] / videos, *wilson(right[name], videos))))
-              for name in GRADED}
+    videos, shares = len(tracks), {}
+    for name in graded(level):
+        of = videos * (level if name in EACH else 1)
+        shares[name] = dict(zip(("share", "low", "high"), (right[name] / of, *wilson(right[name], of))))
     return {"videos": videos, **shares, "psnr": np.mean(decibels),
-            "trajectories": trajectory_distances(torch.stack(tracks), split, seeds, request.fps),
+            "trajectories": trajectory_distances(torch.stack(tracks), split, seeds, request.fps, level),
             "latents": np.sqrt(np.mean(apart)) if apart else None}
+
+
+def graded(level: int) -> tuple[str, ...]:
+    """The columns of shares, in which more is better, but for the last ones, of what is wrong."""
+    return GRADED if level == 1 else (*GRADED, "mixed up")
 
 
 def cheapest(lines: list[dict]) -> dict:
     """The line of fewest forward-equivalents that is not worse than the first in any graded column: the intervals
     overlap, or its own is the better one. Of several as cheap it is that of the highest PSNR."""
     first = lines[0]
-    good = [one for one in lines if one["wrong cuts"]["low"] <= first["wrong cuts"]["high"]
+    wrong = [name for name in ("wrong cuts", "mixed up") if name in first]
+    good = [one for one in lines if all(one[name]["low"] <= first[name]["high"] for name in wrong)
             and all(one[name]["high"] >= first[name]["low"] for name in ANSWERS)]
     return min(good, key=lambda one: (one["forwards"], -one["psnr"]))
 
@@ -161,13 +169,14 @@ def seconds_a_video(model: sd.Model, settings: list[dict], device) -> dict[str, 
 
 def table(lines: list[dict], seconds: dict[str, float]) -> str:
     """Markdown; seconds: of a video, by the setting's name."""
-    columns = ["forward-equivalents", "s a video", *(f"{name}, %" for name in GRADED), "PSNR, dB",
+    shares = graded(lines[0].get("level", 1))
+    columns = ["forward-equivalents", "s a video", *(f"{name}, %" for name in shares), "PSNR, dB",
                "trajectories (true)", "latents"]
     rows = []
     for one in lines:
         name, off = name_of(one["setting"]), one["latents"]
         rows.append(line(name, [
-            f"{one['forwards']:.1f}", f"{seconds[name]:.2f}", *(cell(percent(one, what), 1) for what in GRADED),
+            f"{one['forwards']:.1f}", f"{seconds[name]:.2f}", *(cell(percent(one, what), 1) for what in shares),
             f"{one['psnr']:.2f}", "{model:.1f} ({true:.1f})".format(**one["trajectories"]),
             "-" if off is None else f"{off:.4f}"]))
     return "\n".join([*heading("", columns), *rows])
@@ -204,6 +213,7 @@ def draw_figure(lines: list[dict], chosen: dict, path: str):
 @dataclass
 class Options(timing.Options):
     ckpt: str = option("", "the model (default: the tiny one that ships)")
+    level: int = option(1, "2: prompts of two shapes", low=1, high=2)
     seeds: int = option(4, "videos a prompt", low=1)
     results: str = option("docs/fast.jsonl", "one line a setting, appended to", metavar="FILE")
     figure: str = option("docs/fast.png", "the figure", metavar="FILE.png")
@@ -243,7 +253,8 @@ def main():
         raise ValueError(f"the model must make square videos, got {plain.frames} frames of {plain.size}")
     about = {"ckpt": os.path.basename(ckpt), "weights": fingerprint(model), "guidance": plain.guidance,
              "eta": model.settings.eta, "seeds": o.seeds, "dtype": str(dtype).removeprefix("torch.")}
-    known = [one for one in read_results(o.results) if about.items() <= one.items()]
+    about |= {"level": 2} if o.level == 2 else {}
+    known = [one for one in read_results(o.results) if about.items() <= one.items() and one.get("level", 1) == o.level]
     done = {(name_of(one["setting"]), one["split"]): one for one in known}
     reused, exact = reused_share(model, plain), ()
 
@@ -254,14 +265,14 @@ def main():
             request = Request("any", **fast_settings(chosen)).resolve(model)
             spent = forward_equivalents(request, schedule.sampling_timesteps(request.steps), reused)
             same_noise = split == "val" and request.eta == 0 and request.sampler in ("ddim", "dpm++")
-            seen = measure(model, request, split, o.seeds, name, exact if same_noise else ())
+            seen = measure(model, request, split, o.seeds, name, exact if same_noise else (), o.level)
             done[name, split] = {"setting": chosen, "split": split, **about, "forwards": round(spent, 2), **seen}
             with open(o.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(done[name, split]) + "\n")
         return done[name, split]
 
     if any((name_of(chosen), "val") not in done for chosen in SETTINGS):
-        exact = [x0 for *_, x0 in sampled(model, Request("any", **EXACT), "val", 1, "reference")]
+        exact = [x0 for *_, x0 in sampled(model, Request("any", **EXACT), "val", 1, "reference", o.level)]
     lines = [line_of(chosen, "val") for chosen in SETTINGS]
     best, seconds = cheapest(lines), seconds_a_video(model, SETTINGS, device)
     print(f"{about}\n\n{table(lines, seconds)}\n\ncheapest that is as good as {name_of(SETTINGS[0])} by intervals, on "

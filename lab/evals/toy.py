@@ -1,6 +1,7 @@
 """Grade a model on the toy world, whose prompts have right answers: colour, shape, direction, background, wrong cuts.
 
     python -m lab.evals.toy --ckpt runs/tiny/model.safetensors --no_fps
+    python -m lab.evals.toy --level 2               # two shapes, each with its own direction, and for mixing them up
     python -m lab.evals.toy --task first            # with given frames, or a prompt for every frame: lab/evals/given.py
 
 Prints how many videos are right, with 95% Wilson intervals, and how far things move at each frame rate; of a task, how
@@ -13,6 +14,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -28,7 +30,8 @@ from lab.evals import given
 from lab.metrics import Gaussian, frechet_distance, wilson
 from sample import SAMPLERS, SHIPPED, NoiseSchedule, Request, generate
 
-ANSWERS = ("color", "shape", "direction", "background")
+EACH = ("color", "shape", "direction")  # of each shape
+ANSWERS = (*EACH, "background")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts with right answers
@@ -42,7 +45,50 @@ class Report:
     right: Counter  # of ANSWERS, or of those of a task: in how many videos
     wrong_cuts: int
     failures: list  # (prompt, seed, what was read or is wrong, video)
-    tracks: torch.Tensor | None = None  # (N, 8 T - 2), see `track`
+    tracks: torch.Tensor | None = None  # (N, level (8 T - 2)), see `track`
+    level: int = 1  # of two shapes, EACH counts twice a video
+    mixed_up: int = 0  # at level 2, in how many videos, see `Judgement`
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """What was counted -> (how many, of how many)."""
+        of = {name: self.videos * (self.level if name in EACH else 1) for name in self.right}
+        wrong = {"wrong cuts": self.wrong_cuts} | ({"mixed up": self.mixed_up} if self.level == 2 else {})
+        return {name: (count, of.get(name, self.videos)) for name, count in [*self.right.items(), *wrong.items()]}
+
+
+@dataclass
+class Judgement:
+    """What a video shows of a scene of any level."""
+
+    seen: tuple[toy.Grade, ...]  # in the order of the scene's shapes
+    right: dict[str, int]  # of ANSWERS, how many are right; "all": whether everything is, and nothing is cut wrongly
+    mixed_up: bool  # a shape has the colour, shape or direction of the other instead of its own
+    said: str  # what was read, and is wrong
+
+
+def judge(scene, video) -> Judgement:
+    """Grade a video, uint8 (T, H, W, 3), by the scene that it should show. Which of two shapes is the first is what
+    makes most answers right, and where that is a tie, most colours."""
+    wanted = toy.things(scene)
+
+    def agreement(seen):
+        same = matches(seen, wanted)
+        return same.sum(), same[:, 0].sum()
+
+    seen = max(permutations(toy.grade_pair(video)), key=agreement) if len(wanted) == 2 else (toy.grade(video),)
+    same, background, cut = matches(seen, wanted), seen[0].background, seen[0].wrong_cut
+    right = dict(zip(ANSWERS, map(int, [*same.sum(0), background == scene[-1]])))
+    right["all"] = int(same.all() and background == scene[-1] and not cut)
+    mixed_up = bool((matches(seen, wanted[::-1]) & ~same).any())
+    read = [getattr(one, name) for one in seen for name in EACH] + [background]
+    said = ["read " + ", ".join(map(str, read))] + ["wrong cut"] * cut + ["mixed up"] * mixed_up
+    return Judgement(seen, right, mixed_up, ", ".join(said))
+
+
+def matches(seen, wanted) -> np.ndarray:
+    """Whether (shapes, EACH) grades are as wanted; None, "cannot tell", never is."""
+    return np.array([[getattr(one, name) == word for name, word in zip(EACH, thing)]
+                     for one, thing in zip(seen, wanted)])
 
 
 def sample_all(model: sd.Model, jobs, request: Request, batch_size: int):
@@ -55,39 +101,42 @@ def sample_all(model: sd.Model, jobs, request: Request, batch_size: int):
             yield from videos
 
 
-def grade_prompts(model: sd.Model, split: str, seeds: int, request: Request, batch_size=8) -> Report:
-    """Sample and grade every triple of a split on every background, `seeds` times each.
+def grade_prompts(model: sd.Model, split: str, seeds: int, request: Request, batch_size=8, level=1) -> Report:
+    """Sample and grade every triple, or pair of level 2, of a split on every background, `seeds` times each.
 
     request  how to sample; its prompts are not used
     """
-    jobs = [(toy.caption(*scene), seed) for scene in toy.scenes(split) for seed in range(seeds)]
-    right, cuts, failures, tracks = Counter(), 0, [], []
-    for (prompt, seed), video in zip(jobs, sample_all(model, jobs, request, batch_size)):
-        seen, wanted = toy.grade(video), toy.expected(prompt)
-        read = [getattr(seen, name) for name in ANSWERS]
-        for name, got, want in zip(ANSWERS, read, wanted):
-            right[name] += got == want  # None, "cannot tell", is wrong
-        cuts += seen.wrong_cut
-        tracks.append(track(seen))
-        if tuple(read) != wanted or seen.wrong_cut:
-            said = ["read " + ", ".join(map(str, read))] + ["wrong cut"] * seen.wrong_cut
-            failures.append((prompt, seed, ", ".join(said), video))
-    return Report(len(jobs), right, cuts, failures, torch.stack(tracks))
+    scenes = [scene for scene in toy.scenes(split, level) for _ in range(seeds)]
+    jobs = [(toy.describe(scene), n % seeds) for n, scene in enumerate(scenes)]
+    graded = (*ANSWERS, "all") if level == 2 else ANSWERS
+    report, tracks = Report(len(jobs), Counter(dict.fromkeys(graded, 0)), 0, [], level=level), []
+    for scene, (prompt, seed), video in zip(scenes, jobs, sample_all(model, jobs, request, batch_size)):
+        found = judge(scene, video)
+        report.right.update({name: found.right[name] for name in graded})
+        report.wrong_cuts += found.seen[0].wrong_cut
+        report.mixed_up += found.mixed_up
+        tracks.append(track(found.seen))
+        if not found.right["all"]:
+            report.failures.append((prompt, seed, found.said, video))
+    report.tracks = torch.stack(tracks)
+    return report
 
 
-def track(seen: toy.Grade) -> torch.Tensor:
-    """A video as a trajectory: position and speed (px), side (px) and colour (tenths of a level) of each frame, one
-    after the other (8 T - 2,). A frame without a shape has one of size 0 in the middle."""
-    centers = np.nan_to_num(seen.centers, nan=toy.SIZE / 2)
-    parts = centers, np.diff(centers, axis=0), np.sqrt(np.nan_to_num(seen.areas)), np.nan_to_num(seen.paints) / 10
+def track(seen) -> torch.Tensor:
+    """A video as a trajectory: of each of its grades position and speed (px), side (px) and colour (tenths of a level)
+    of each frame, one after the other (shapes (8 T - 2),). A frame without a shape has one of size 0 in the middle."""
+    parts = []
+    for one in seen:
+        centers = np.nan_to_num(one.centers, nan=toy.SIZE / 2)
+        parts += centers, np.diff(centers, axis=0), np.sqrt(np.nan_to_num(one.areas)), np.nan_to_num(one.paints) / 10
     return torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
 
 
-def trajectory_distances(tracks: torch.Tensor, split: str, seeds: int, fps: float) -> dict[str, float]:
+def trajectory_distances(tracks: torch.Tensor, split: str, seeds: int, fps: float, level=1) -> dict[str, float]:
     """The toy stand-in for FVD: distance of tracks to those of as many true renders, and of two sets of these."""
-    frames = (tracks.shape[1] + 2) // 8
-    wanted = [scene for scene in toy.scenes(split) for _ in range(seeds)]
-    sets = [torch.stack([track(toy.grade(toy.true_render(scene, rng, frames, fps))) for scene in wanted])
+    frames = (tracks.shape[1] // level + 2) // 8
+    wanted = [scene for scene in toy.scenes(split, level) for _ in range(seeds)]
+    sets = [torch.stack([track(judge(scene, toy.true_render(scene, rng, frames, fps)).seen) for scene in wanted])
             for rng in (np.random.default_rng(0), np.random.default_rng(1))]
     gaussians = [Gaussian(tracks.shape[1]) for _ in range(3)]
     for gaussian, features in zip(gaussians, [tracks, *sets]):
@@ -165,6 +214,7 @@ class Options(timing.Options):
                        choices=("", *given.TASKS))
     split: str = option("test", "test: held-out triples; val: those that guidance, eta and checkpoint are chosen on",
                         choices=("test", "val", "train"))
+    level: int = option(1, "2: prompts of two shapes, see docs/evaluation.md", low=1, high=2)
     seeds: int = option(4, "videos a prompt", low=1)
     sampler: str | None = option(None, "how to step (default: the model's)", choices=tuple(SAMPLERS))
     steps: int | None = option(None, "sampling steps (default: the model's, or the sampler's)", low=1,
@@ -172,7 +222,7 @@ class Options(timing.Options):
     guidance: float | None = option(None, "guidance scale (default: the model's)")
     eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
     fps: float | None = option(None, "frame rate of the task (default: 4; of extend 15)", low=1, high=60)
-    no_fps: bool = option(False, "leave out the table of motion against FPS")
+    no_fps: bool = option(False, "leave out the table of motion against FPS, of level 1 alone")
     json: str = option("", "append the numbers to a JSON-lines file", metavar="FILE")
     failures: str = option("", "a picture of the videos that were graded wrong", metavar="FILE.png")
 
@@ -185,15 +235,17 @@ def main():
         check_writable(path)
     if o.fps and not o.task:
         raise ValueError(f"fps must come with a task, got {o.fps:g} alone")
+    if o.task and o.level == 2:
+        raise ValueError("level must be 1 with a task: given frames are of clips of one shape")
     device, dtype = o.place()
     model = sd.load(o.ckpt or SHIPPED, device, dtype)
     request = Request("any", fps=o.fps or given.FPS.get(o.task), sampler=o.sampler, steps=o.steps, guidance=o.guidance,
                       eta=o.eta).resolve(model)
-    result = {"ckpt": os.path.basename(o.ckpt or SHIPPED), "split": o.split,
-              "videos": len(toy.scenes(o.split)) * o.seeds, "sampler": request.sampler, "steps": request.steps,
+    result = {"ckpt": os.path.basename(o.ckpt or SHIPPED), "split": o.split, "level": o.level,
+              "videos": len(toy.scenes(o.split, o.level)) * o.seeds, "sampler": request.sampler, "steps": request.steps,
               "guidance": request.guidance, "eta": request.eta, "dtype": str(dtype).removeprefix("torch.")}
-    print("{ckpt}, {split} triples, {videos} videos, {steps} steps of {sampler}, guidance {guidance:g}, eta {eta:g}, "
-          "{dtype}".format(**result))
+    print("{ckpt}, {split} {what}, {videos} videos, {steps} steps of {sampler}, guidance {guidance:g}, eta {eta:g}, "
+          "{dtype}".format(**result, what="pairs" if o.level == 2 else "triples"))
     numbers, failures = (measure_task if o.task else measure_prompts)(model, request, o)
     if o.json:
         with open(o.json, "a", encoding="utf-8") as file:
@@ -204,11 +256,11 @@ def main():
 
 def measure_prompts(model: sd.Model, request: Request, o: Options) -> tuple[dict, list]:
     """Grade prompts alone, and print what comes of it -> (the numbers, the failures)."""
-    report = grade_prompts(model, o.split, o.seeds, request)
+    report = grade_prompts(model, o.split, o.seeds, request, level=o.level)
     numbers = print_shares(report)
-    far = numbers["trajectories"] = trajectory_distances(report.tracks, o.split, o.seeds, request.fps)
+    far = numbers["trajectories"] = trajectory_distances(report.tracks, o.split, o.seeds, request.fps, o.level)
     print(f"  Fréchet distance of trajectories to true ones {far['model']:.1f}, of two true sets {far['true']:.1f}")
-    if not o.no_fps:
+    if not o.no_fps and o.level == 1:
         numbers |= print_fps(grade_fps(model, o.split, (4, 8, 15, 30, 60, 120, 0), request))
     return numbers, report.failures
 
@@ -225,12 +277,12 @@ def measure_task(model: sd.Model, request: Request, o: Options) -> tuple[dict, l
 
 
 def print_shares(report: Report) -> dict:
-    """Print how often each answer is right -> the same numbers."""
+    """Print how often each answer is right, and what is wrong -> the same numbers."""
     numbers = {}
-    for name, count in [*report.right.items(), ("wrong cuts", report.wrong_cuts)]:
-        low, high = wilson(count, report.videos)
-        print(f"  {name:<11}{count:>5} / {report.videos}   {count / report.videos:6.1%}   [{low:.1%}, {high:.1%}]")
-        numbers[name] = {"count": count, "low": low, "high": high}
+    for name, (count, of) in report.counts().items():
+        low, high = wilson(count, of)
+        print(f"  {name:<11}{count:>5} / {of}   {count / of:6.1%}   [{low:.1%}, {high:.1%}]")
+        numbers[name] = {"count": count, "of": of, "low": low, "high": high}
     return numbers
 
 

@@ -131,7 +131,7 @@ def test_psnr_where_nothing_was_read():
 def test_what_is_noted_is_what_the_grader_says(monkeypatch):
     """Two scenes of the shipped model: graded as by grade_prompts, and latents beside those made one by one."""
     scenes = toy.scenes("val")[:2]
-    monkeypatch.setattr(toy, "scenes", lambda split: scenes)
+    monkeypatch.setattr(toy, "scenes", lambda split, level=1: scenes)
     model = sd.load(SHIPPED)
     request, ended = asked(model, "dpm++", 3, [0, 0]), []
     graded = grade_prompts(model, "val", 2, request)
@@ -177,7 +177,7 @@ def call(micro, tmp_path, monkeypatch, capsys):
     """call(...): the command on a half-precision copy of the micro model, on few scenes with few settings -> what it
     prints."""
     scenes = toy.scenes
-    monkeypatch.setattr(toy, "scenes", lambda split: scenes(split)[: {"val": 3, "test": 5}[split]])
+    monkeypatch.setattr(toy, "scenes", lambda split, level=1: scenes(split, level)[: {"val": 3, "test": 5}[split]])
     model = sd.load(micro, dtype=torch.float16)
     model.settings = replace(model.settings, guidance=3.0)
     sd.save(model, str(tmp_path / "m.safetensors"))
