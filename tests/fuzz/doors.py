@@ -15,6 +15,7 @@ import shlex
 import sys
 from contextlib import suppress
 from fractions import Fraction
+from html.parser import HTMLParser
 
 import av
 import numpy as np
@@ -43,6 +44,7 @@ import train
 from clips import check as checking
 from clips import encode as encoding
 from clips.decode import Bad
+from clips.gallery import figure
 from clips.lists import Items
 from clips.pictures import View, fit_image
 from clips.samples import LiveClips, Spec
@@ -78,6 +80,7 @@ FORMATS = {"L.png": {}, "RGBA.png": {}, "P.png": {"transparency": 3}, "I;16.png"
            "L.tif": {"compression": "tiff_lzw"}, "RGB.png": {}}
 CODECS = {"a.mp4": ("libx264", "yuv420p"), "b.mkv": ("libx264", "yuv420p"), "c.webm": ("libvpx", "yuv420p"),
           "d.avi": ("mpeg4", "yuv420p"), "e.gif": ("gif", "rgb8"), "f.mov": ("mpeg4", "yuv420p")}
+ANIMATED = "g.webp", "h.png", "i.gif"  # pictures that move: with transparency, and times of their own
 
 
 def picture(n: int, mode: str, size=(24, 16)) -> Image.Image:
@@ -102,6 +105,10 @@ def make_seeds(folder: str):
                 pixels = np.asarray(picture(n // 4, "RGB", (32, 32)))
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
             file.mux(stream.encode())
+    moving = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (32, 32, 4), np.uint8)) for n in range(6)]
+    for name in ANIMATED:
+        moving[0].save(os.path.join(folder, name), save_all=True, append_images=moving[1:], loop=0,
+                       duration=[100, 500, 100, 300, 200, 400])
     torch.manual_seed(0)
     model = sd.build(NANO, sd.Settings(frames=4, width=16, height=16, fps=8, fps_trained=(8, 120), grid_trained=True,
                                        latent_scale=1.0, sampling_steps=1)).to(torch.float16)
@@ -295,15 +302,23 @@ def images(rng, folder, world):
 
 
 def clips(rng, folder, world):
-    name = rng.choice(tuple(CODECS))
+    return mutated_clip(rng, folder, world, rng.choice(tuple(CODECS)))
+
+
+def animated(rng, folder, world):
+    return mutated_clip(rng, folder, world, rng.choice(ANIMATED))
+
+
+def mutated_clip(rng, folder, world, name: str) -> Case:
     data = world.data[name]
-    boxes = os.path.splitext(name)[1] in (".mp4", ".mov") and rng.random() < 0.6
-    data = bend_boxes(data, rng) if boxes else bend(data, rng, world.lures)
+    bend_structure = {".mp4": bend_boxes, ".mov": bend_boxes, ".png": bend_png}.get(os.path.splitext(name)[1])
+    structure = bend_structure and rng.random() < 0.6
+    data = bend_structure(data, rng) if structure else bend(data, rng, world.lures)
     if rng.random() < 0.05:  # playlists, of which each would lead outside
         lure = rng.choice(world.lures)
         data = rng.choice((f"#EXTM3U\n#EXTINF:2,\n{lure}\n", f"ffconcat version 1.0\nfile {lure}\n",
                            f"v=0\nm=video 5 RTP/AVP 96\nc=IN IP4 {world.watch.address}\n")).encode()
-    path = write(os.path.join(folder, rng.choice((name, name, name, "x.mp4", "x.mkv"))), data)
+    path = write(os.path.join(folder, rng.choice((name, name, name, "x.mp4", "x.mkv", "x.webp"))), data)
     if rng.random() < 0.1:
         return checked(folder, "--frames=4")
     listed = write(os.path.join(folder, "list.jsonl"), json.dumps({"path": path, "caption": "x"}).encode())
@@ -353,6 +368,33 @@ def given(rng, folder, world):
         ["--prompts_at", bend(b"0: a cat; 2: a dog", rng, world.lures).decode(errors="replace").replace("\0", "")],
         [f"--like={os.path.basename(made)}"], [f"--like={os.path.basename(made)}"]))
     return started(sample.main, "sample.py", *asked, "--ckpt=nano.safetensors", "--steps=1", "--out=o.gif", asked=True)
+
+
+def gallery(rng, folder, world):
+    """What `--out gallery.html` writes of hostile prompts, and of settings that --like read."""
+    prompt = rng.choice((*CAPTIONS[:-2], *MARKUP)) + bend(b"a cat", rng, world.lures).decode(errors="replace")
+    told = TOLD | {"prompt": prompt.replace("\0", "") or "x", "negative": rng.choice(MARKUP)}
+    made = os.path.join(folder, rng.choice(("made.gif", "made.png", "made.mp4")))
+    write_video(made, np.zeros((2, 16, 16, 3), np.uint8), 8, told)
+    return Case(lambda: figure(made), lambda text: check_figure(text, told))
+
+
+MARKUP = ("<script>touch()</script>", "\"><img src=x onerror=touch()>", "</figcaption></figure></main>", "&lt;",
+          "'`{x}", "<!--", "]]>", "\u202e")
+
+
+def check_figure(text: str, told: dict):
+    """Expect that a browser finds the tags of a figure and no others, and the prompt as its text."""
+    seen, words = [], []
+    reader = HTMLParser()
+    reader.handle_starttag = lambda tag, attributes: seen.append(tag)
+    reader.handle_data = words.append
+    reader.feed(text)
+    reader.close()
+    right = {"figure", "figcaption", "video", "img", "p", "small", "details", "summary", "br"}
+    expect(set(seen) <= right and seen.count("video") + seen.count("img") == 1, f"a figure of {sorted(set(seen))}")
+    for name in ("prompt", "negative"):
+        expect(told[name] in "".join(words), f"{name} {told[name]!r} is not shown")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,5 +527,6 @@ def command_lines(rng, folder, world):
     return started(main, script, *argv, asked=True)
 
 
-DOORS = {"lists": lists, "images": images, "clips": clips, "safetensors": safetensors, "ckpt": ckpt,
-         "config.json": config_json, "configs": configs, "command lines": command_lines, "given": given}
+DOORS = {"lists": lists, "images": images, "clips": clips, "animated": animated, "gallery": gallery,
+         "safetensors": safetensors, "ckpt": ckpt, "config.json": config_json, "configs": configs,
+         "command lines": command_lines, "given": given}

@@ -26,7 +26,8 @@ from judge import MEMORY, SECONDS, Outcome, described, judge  # noqa: E402
 import cli  # noqa: E402
 from cli import option  # noqa: E402
 
-NAMES = ("lists", "images", "clips", "safetensors", "ckpt", "config.json", "configs", "command lines", "given")
+NAMES = ("lists", "images", "clips", "animated", "gallery", "safetensors", "ckpt", "config.json", "configs",
+         "command lines", "given")
 
 
 def attempt(world, door: str, seed: int, n: int, folder: str) -> Outcome:
