@@ -1,19 +1,25 @@
 """Samples encoded ahead are those read live."""
 
+import dataclasses
 import itertools
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import SPEC
-from safetensors.torch import save_file
+from conftest import ONE_THREAD, ROOT, SPEC
+from safetensors.torch import load_file, save_file
 
 import sd
 from cli import is_ours
-from clips.encoded import EncodedClips
-from clips.samples import SOURCES, LiveClips
+from clips.encode import encode
+from clips.encoded import EncodedClips, index_of
+from clips.samples import SOURCES, LiveClips, Spec
 
 
 def test_encoded_samples_are_the_vae_of_the_live_ones(encoded, lists, micro):
@@ -109,3 +115,99 @@ def test_damaged_settings_are_refused(copy, edit):
     with pytest.raises(ValueError, match="is not a folder of encoded clips: .*spec.json, line 1: not JSON"):
         EncodedClips(str(copy))
     assert is_ours(told.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Size, and folders of earlier versions
+
+
+MEASURE = """
+import resource, sys, time
+from clips.encoded import EncodedClips
+from data import Stream
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+before, began = peak(), time.perf_counter()
+clips = EncodedClips(sys.argv[1])
+clips.data  # the hash that a run keeps
+opened = time.perf_counter() - began
+stream = Stream(clips, {"video": 1}, 6)
+stream.batch(0)  # draws the order of an epoch
+seconds = []
+for n in range(1, 1001):
+    began = time.perf_counter()
+    assert stream.batch(n).context.shape[0] == 6
+    seconds.append(time.perf_counter() - began)
+print(clips.count("video"), opened, peak() - before, peak(), sorted(seconds)[500], sorted(seconds)[990])
+"""
+
+
+def many_clips(folder, count: int):
+    """Write an encoded folder of `count` clips, all of whose shards are one file."""
+    moments = torch.randn(32, 16, 8, 4, 4).half()
+    save_file({"moments": moments, "context": torch.randn(32, 16, 32).half()}, folder / "one")
+    save_file({"context": torch.randn(1, 16, 32).half()}, folder / "empty.safetensors")
+    spec = dataclasses.asdict(Spec(16, 32, 32, fps_values=(8,)))
+    (folder / "spec.json").write_text(json.dumps({"spec": spec, "lists": {"video": "clips.csv"}, "text": True,
+                                                  "dtype": "torch.float16", "vae": "1"}))
+    at, parts = 0, []
+    with open(folder / "index.jsonl", "wb") as file:
+        for n in range(0, count, 32):
+            name = f"video-{n // 32:06d}.safetensors"
+            os.link(folder / "one", folder / name)
+            lines = b"".join(
+                b'{"shard": "%s", "source": "video", "item": %d, "made": "%016x%016x", "path": "videos/%08d.mp4", '
+                b'"fps": 8, "k": 0, "caption": "a clip of something that moves, number %d", "row": %d, "skipped": [], '
+                b'"context": %d}\n' % (name.encode(), i, i + 1, i + 2, i, i, i % 32, i % 32)
+                for i in range(n, min(n + 32, count)))
+            parts.append(index_of(lines))
+            parts[-1]["start"] += at
+            at += file.write(lines)
+    np.save(folder / "index.npy", np.concatenate([*(part[:-1] for part in parts), parts[-1][-1:]]))
+
+
+@pytest.mark.slow
+def test_a_million_clips_open_at_once_and_are_read_at_random(tmp_path):
+    many_clips(tmp_path, 1_000_000)
+    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, capture_output=True, text=True,
+                          env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    count, opened, more, peak, usual, slow = map(float, done.stdout.split())
+    print(f"{count:,.0f} clips: opened in {opened:.2f} s; {more:.0f} MiB more, {peak:.0f} in all; a batch of 6 takes "
+          f"{1000 * usual:.1f} ms, one of a hundred {1000 * slow:.1f}")
+    assert count == 1e6 and opened < 5 and more < 300 and slow < 0.02
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_an_update_makes_the_new_form_of_it(lists, micro, tmp_path):
+    """It had a context with each sample, no index beside the lines and no lines in the shards. The VAE is not asked."""
+    out, old, model = str(tmp_path / "new"), tmp_path / "old", sd.load(micro)
+    encode(model, lists, out, SPEC, text=True)
+    shutil.copytree(out, old)
+    (old / "index.npy").unlink()
+    lines = [json.loads(line) for line in (old / "index.jsonl").read_text().splitlines()]
+    for path in old.glob("*0*.safetensors"):
+        rows = [line["context"] for line in lines if line["shard"] == path.name]
+        tensors = load_file(path)
+        save_file({"moments": tensors["moments"], "context": tensors["context"][rows]}, path)
+    for line in lines:
+        del line["context"]
+    (old / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert_same_samples(out, old)
+    model.vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the VAE was asked"))
+    encode(model, lists, str(old), SPEC, text=True, update=True)
+    assert_same_samples(out, old)
+    shards = {path.name: set(load_file(path)) for path in old.glob("*0*.safetensors")}
+    assert all(tensors == {"moments", "context", "lines"} for tensors in shards.values()) and len(shards) == 5
+    assert load_file(old / "+video-000000.safetensors")["context"].shape[0] == 8
+
+
+def assert_same_samples(one, two):
+    one, two = (pickle.loads(pickle.dumps(EncodedClips(str(folder)))) for folder in (one, two))  # as workers get them
+    for source in SOURCES:
+        assert one.count(source) == two.count(source) > 0 and np.array_equal(one.made(source), two.made(source))
+        for i in range(one.count(source)):
+            a, b = (clips.sample(source, i, 0.7, 0.7) for clips in (one, two))
+            assert (a.caption, a.fps, a.k) == (b.caption, b.fps, b.k)
+            assert torch.equal(a.data, b.data) and torch.equal(a.context, b.context)

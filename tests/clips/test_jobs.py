@@ -1,4 +1,4 @@
-"""Work in threads, and files that one process appends to."""
+"""Work in threads, folders that one job holds, and files that one process appends to."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from clips.jobs import appending, in_threads
+from clips.jobs import LOCK, Clock, appending, held, in_threads, require_held, sign
 
 
 def test_results_come_in_order_and_few_are_begun_ahead():
@@ -61,3 +61,37 @@ def test_one_process_at_a_time(tmp_path):
         assert "ValueError" in done.stderr and "lines.jsonl is being written by another process" in done.stderr
     with appending(path):
         pass
+
+
+def test_a_folder_is_held_by_one_job(tmp_path):
+    """Whoever comes while it is held is told; whoever no longer holds it, or does not see it, is told."""
+    folder = str(tmp_path / "folder")
+    with held(folder) as lock:
+        word = sign(lock)
+        require_held(folder, word)
+        other = f"from clips.jobs import held\nwith held({folder!r}): pass"
+        done = subprocess.run([sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert f"ValueError: another job writes to {folder}: choose another folder" in done.stderr
+        require_held(folder, word)
+        assert sign(lock) != word
+        with pytest.raises(ValueError, match="folder on .* is held by another job"):
+            require_held(folder, word)
+        (tmp_path / "folder" / LOCK).unlink()
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="does not see .*folder of rank 0"):
+            require_held(folder, word, patience=1)
+        assert time.monotonic() - began >= 1
+    with held(folder):
+        pass
+
+
+def test_a_clock_adds_up_threads():
+    clock = Clock()
+
+    def work(i):
+        with clock("sleep"):
+            time.sleep(0.1)
+
+    with in_threads(work, range(8), threads=4) as results:
+        list(results)
+    assert clock.seconds["sleep"] >= 0.8 and 0.3 < clock.busy("sleep", 4) <= 1

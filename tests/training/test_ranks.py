@@ -105,6 +105,10 @@ def step_until(what: str):
     with Ranks(timeout=8) as ranks:
         assert ranks.from_rank_0("x", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
         assert ranks.sum(torch.tensor([1.0, float(ranks.rank)])).tolist() == [2, 1]
+        taken = torch.zeros(7)
+        for n, item in ranks.take("items", list("abcdefg")):
+            taken[n] += "abcdefg"[n] == item
+        assert ranks.sum(taken).tolist() == [1] * 7  # each by one of the two
         for step in range(5):
             ranks.at("data")
             if ranks.rank == 1 and step == 3:
@@ -163,6 +167,7 @@ def test_alone_there_is_nobody_to_watch(monkeypatch):
         alone.at("data")
         assert (alone.rank, alone.world, alone.from_rank_0("x", lambda: 5)) == (0, 1, 5)
         assert alone.sum(torch.ones(2)).tolist() == [1, 1]
+        assert list(alone.take("items", ["a", "b"])) == [(0, "a"), (1, "b")]
 
 
 def test_interrupts_are_noted_and_given_back():
