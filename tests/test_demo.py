@@ -335,7 +335,7 @@ def test_no_path_is_served_but_what_was_uploaded_or_made(server, path):
 
 def test_what_other_pages_on_this_machine_were_given_is_not_served(server):
     theirs = server.home / "gradio" / "a.png"  # where gradio keeps files, unless it is told where
-    theirs.parent.mkdir()
+    theirs.parent.mkdir(exist_ok=True)
     Image.new("RGB", (8, 8)).save(theirs)
     assert server.get(f"gradio_api/file={theirs}")[0] == 403
     assert server.made(prompt="x", steps="1", first=file_at(theirs)) is False, "it is refused"
