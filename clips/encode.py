@@ -17,6 +17,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,9 +52,12 @@ def encode(model, lists: dict[str, str], out: str, spec: Spec, *, text=False, dt
     update  replace the folder by one as if encoded anew; moments of items that have not changed are taken from it
     """
     ranks = ranks or Ranks(timeout=600)
-    job = Job(model, lists, out, spec, text, dtype, update)
-    with ranks.on_rank_0(held(job.part)) as lock:
-        job.join_in(*ranks.from_rank_0("begun", lambda: job.begin(lock)))
+    make = partial(Job, model, lists, out, spec, text, dtype, update)
+    job = None if ranks.rank else make()
+    with ranks.on_rank_0(held(out + ".part")) as lock:
+        begun = ranks.from_rank_0("begun", lambda: job.begin(lock))
+        job = job or make()  # on the others now: rank 0 has told what is wrong, and indexed what must be
+        job.join_in(*begun)
         job.work(ranks)
         ranks.together("encoded")
         ranks.from_rank_0("joined", lambda: job.finish(lock))
@@ -70,6 +74,7 @@ class Job:
         self.origin = {"spec": asdict(spec), "lists": lists, "text": text, "dtype": str(dtype)}
         self.origin |= {"vae": fingerprint(model.vae)} | ({"tower": fingerprint(model.text)} if text else {})
         self.old = EncodedClips(out, text=False) if update else None
+        self.then = {source: self.old.made(source) for source in self.sources} if update else {}
         self.encoder = Encoder(model, text, dtype)
 
     def all_shards(self):
@@ -134,7 +139,7 @@ class Job:
             if name != "lists" and (asdict(theirs[name]) if name == "spec" else theirs.get(name)) != ours:
                 raise ValueError(f"{self.out} was encoded with another {name}: choose another folder, or remove it")
         for source, items in self.sources.items():
-            then = self.old.made(source)
+            then = self.then[source]
             if then is None:
                 raise ValueError(f"{self.out} does not say what it was made from: remove it, and encode again")
             if then[:, 1].any() and source not in sights:
@@ -194,7 +199,7 @@ class Job:
         source, i = place[:2]
         with self.encoder.clock("decoding"):
             made = hashes(self.sources[source], i)
-            if self.old and i < self.old.count(source) and tuple(self.old.made(source)[i].tolist()) == made:
+            if self.update and [made] == list(map(tuple, self.then[source][i : i + 1].tolist())):
                 return place, made, old_samples(self.old, self.old.lines(source, i))
             return place, made, all_samples(self.sources[source], i, self.spec)
 

@@ -10,6 +10,8 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+from cli import read_text
+
 try:
     import fcntl
 except ImportError:  # on Windows
@@ -97,22 +99,14 @@ def require_held(folder: str, word: str, patience=0):
 
     patience  seconds until it must be seen
     """
-    end = time.monotonic() + patience
-    while True:
-        try:
-            with open(os.path.join(folder, LOCK), encoding="ascii") as file:
-                found = file.read()
-        except FileNotFoundError:
-            found = None
-        if found == word:
-            return
+    path, end = os.path.join(folder, LOCK), time.monotonic() + patience
+    while (found := read_text(path) if os.path.exists(path) else None) != word:
+        if time.monotonic() >= end and found is None:
+            raise ValueError(f"{platform.node()} does not see {folder} of rank 0: all machines must share its disk")
         if time.monotonic() >= end:
-            break
+            raise ValueError(f"{folder} on {platform.node()} is held by another job, or is not that of rank 0: choose "
+                             "a folder that all machines share, or end that job")
         time.sleep(0.5)
-    if found is None:
-        raise ValueError(f"{platform.node()} does not see {folder} of rank 0: it must lie where all machines share it")
-    raise ValueError(f"{folder} on {platform.node()} is held by another job, or is not that of rank 0: choose another "
-                     "folder that all machines share, or end that job")
 
 
 class Clock:

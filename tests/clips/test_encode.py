@@ -127,9 +127,9 @@ def test_what_an_earlier_version_left_is_told(encoded, lists, micro, tmp_path):
 
 def in_small_shards(*arguments):
     """python -m clips.encode, with shards of two items. Of several ranks the first is slow, and must hold nobody up."""
-    clips.encode.SHARD, clips.encode.PATIENCE, hashes = 2, 3, clips.encode.hashes
+    clips.encode.SHARD, clips.encode.PATIENCE, hashes = 2, 1, clips.encode.hashes
     if os.environ.get("RANK") == "0":
-        clips.encode.hashes = lambda items, i: time.sleep(0.2) or hashes(items, i)
+        clips.encode.hashes = lambda items, i: time.sleep(0.1) or hashes(items, i)
     sys.argv = ["clips/encode.py", *arguments]
     cli.run(clips.encode.main)
 
@@ -202,10 +202,11 @@ def test_ranks_that_are_killed_ten_times_lose_nothing(processes, small, tmp_path
 def test_a_rank_on_a_machine_that_sees_other_files_is_told(processes, small, tmp_path, monkeypatch):
     """Rehearsed with a rank for which the folder, or a file of the list, lies elsewhere."""
     options, _ = small
-    for what, says in (("folder", "does not see .*out.elsewhere.part of rank 0: it must lie where all machines"),
+    for what, says in (("folder", "does not see .*out.elsewhere.part of rank 0: all machines must share its disk"),
                        ("files", "does not see .*.mp4 as rank 0 does: all machines must share the lists")):
-        statuses = processes.run([what, tmp_path / "out", *options], ranks=2, target=elsewhere)
-        assert statuses == [1, 2] and re.search(says, processes.log.read_text()), processes.log.read_text()
+        processes.start([what, tmp_path / "out", *options], 2, target=elsewhere)
+        processes.all[1].join(LIMIT)
+        assert processes.kill()[1] == 2 and re.search(says, processes.log.read_text()), processes.log.read_text()
         assert not (tmp_path / "out").exists()
 
 
