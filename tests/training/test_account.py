@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from layers.cpu import AttentionByParts
-from training.account import Uncounted, count_flop, device_memory, host_memory, setting, shape_of
+from training.account import Options, Uncounted, costs, count_flop, device_memory, host_memory, plan, setting, shape_of
 from training.config import Config, read_config
 from training.setup import loss_of
 
@@ -144,3 +144,41 @@ def test_memory_of_the_host_is_that_of_the_shards():
         assert host_memory(Config(ema=ema), 100 * mega, gpu, world) == {
             "masters": pinned[world] if gpu else 0, "gradients": pinned[world] if gpu else 0, "moments": 200 * mega,
             "moving average": 100 * mega * bool(ema), "showing": showing * mega, "saving": saving * mega}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A plan
+
+
+def test_the_costs_of_a_plan_are_those_of_a_run():
+    cfg = dataclasses.replace(read_config([f"{ROOT}/configs/ci.py"]), train_text=False, dtype="float32")
+    shape = shape_of(cfg)
+    cost = costs(cfg, shape)
+    step = device_memory(cfg, train.UNetTask.example, shape)
+    assert cfg.batch_size * cost["step"] == pytest.approx(step["flop"], rel=1e-3)
+    assert cost["gradients"] == step["gradients"] and cost["context"] == 2 * shape.text.length * shape.text.width
+    assert cost["frame"] > 0 < cost["caption"]
+    assert costs(dataclasses.replace(cfg, train_text=True), shape)["context"] == 0
+
+
+def test_a_plan_is_the_sum_of_its_parts():
+    """By hand: a thousand clips of two rates, of which half are kept, on two and on three GPUs."""
+    cfg = Config(frames=4, fps_values=(4, 8), starts=3, max_steps=100)
+    cost = {"step": 6e12, "frame": 1e12, "caption": 5e11, "moments": 4e6, "context": 1e6, "gradients": 3e9}
+    o = Options("c.py", clips=1000, keep=0.5, batch=4, tflops=10, cores=5, decode_ms=20, link=2, disk=0.5)
+    two = {job: {part: 3600 * hours for part, hours in parts.items()} for job, parts in plan(o, cfg, cost, 2).items()}
+    assert two["filter"] == pytest.approx({"decoding": 1000 * 0.02 / 10, "CLIP": 1000 * 4 * 3.3e11 / 2e13})
+    assert two["encode"] == pytest.approx({"decoding": 500 * 6 * 0.02 / 10, "VAE": 500 * 6 * 4 * 1e12 / 2e13,
+                                           "text tower": 500 * 5e11 / 2e13, "disk": 500 * 5e6 / 5e8})
+    assert two["train"] == pytest.approx({"UNet": 100 * 2 * 6e12 / 1e13, "gradients": 100 * 3e9 * 2 / 2 / 2e9})
+    assert plan(o, cfg, cost, 3)["train"]["UNet"] == plan(o, cfg, cost, 2)["train"]["UNet"]  # one of three has two
+    assert plan(o, cfg, cost, 1)["train"]["gradients"] == 0
+
+
+def test_a_plan_is_printed(run):
+    done = run("training.account", "configs/ci.py", "--clips", "1_000", "--gpus", "1,2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1,000 clips, 1,000 of them encoded, 20 steps of 48 samples\n")
+    assert "\n1 GPU, hours:\n  filter" in done.stdout and "\n2 GPUs, hours:\n" in done.stdout
+    done = run("training.account", "configs/tiny_vae.py")
+    assert done.returncode == 2 and done.stderr.endswith('must be of train = "unet", got configs/tiny_vae.py\n')
