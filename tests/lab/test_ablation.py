@@ -185,13 +185,24 @@ def test_tables_and_figure_are_what_the_lines_say(tmp_path):
     text = "\n".join(report.tables(results))
     assert "| both | 90 [74, 97] | 10 [3, 26] |" in text and "| 101 [100, 102] | 0.1250 [0.0000, 0.2500] |" in text
     assert "| neither (2 of 3 seeds) |" in text and "| 2 FPS (true 5.0) | 8 FPS (true 1.2) |" in text
+    assert "level 2" not in text
+    seen = {"videos": 4, "color": 6, "shape": 8, "direction": 0, "background": 4, "all": 0, "wrong cuts": 1,
+            "mixed up": 2}
+    *_, heading, _, last = report.tables([*results[:-1], results[-1] | {"level 2": seen}])
+    assert heading.startswith("| level 2, % | color | shape") and heading.endswith("| wrong cuts | mixed up |")
+    six, none = ([round(100 * x) for x in wilson(n, 8)] for n in (6, 0))  # of 8 shapes, the others of 4 videos
+    assert last.startswith(f"| 9 videos (2 of 3 seeds) | 75 [{six[0]}, {six[1]}] | 100 [")
+    assert f"| 0 [{none[0]}, {none[1]}] | 100 [" in last and "| 25 [" in last and "| 50 [" in last
     report.draw_figure(results, str(tmp_path / "figure.png"))
     assert Image.open(tmp_path / "figure.png").size == (1100, 700)
 
 
-def test_a_way_is_trained_and_graded_along_its_curve(prepared):
+def test_a_way_is_trained_and_graded_along_its_curve(prepared, monkeypatch):
+    monkeypatch.setattr(runs, "STEPS", 1)
     way, study = Variant("temporal", triple_data=False, layout="temporal"), replace(TWO, curve=(1,), score=None)
-    result = runs.one_run(read_config([str(prepared / "run.py")]), study, way, 0)
+    cfg = read_config([str(prepared / "run.py")])
+    result = runs.one_run(replace(cfg, toy_level=2), study, way, 0)  # what is encoded already does not change by that
+    assert result["level 2"]["videos"] == 40 and "mixed up" in result["level 2"]
     assert list(result["loss"]) == [1, 3]
     for seen in result["loss"].values():
         assert seen["videos"] == 48 and {"direction", "wrong cuts", "video"} <= seen.keys()

@@ -13,6 +13,7 @@ from lab.toy.world import write_mp4
 
 ALL = list(product(toy.COLORS, toy.SHAPES, toy.DIRECTIONS))
 quick = settings(max_examples=60, deadline=None)
+quicker = settings(max_examples=25, deadline=None)
 
 
 def read(path):
@@ -252,3 +253,92 @@ def test_a_jump_or_two_do_not_hide_the_direction():
     video[[4, 11]] = clip(direction="right", fps=8, seed=2)[[4, 11]]
     grade = toy.grade(video)
     assert grade.direction == "left" and grade.speed == pytest.approx(1.25, rel=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two shapes
+
+PAIRS = st.fixed_dictionaries({"scene": st.sampled_from(toy.scenes("train", 2)), "seed": st.integers(0, 2**32),
+                               "fps": st.sampled_from([4, 8, 15, 30, 60])})
+
+
+def pair_clip(scene, seed=0, fps=8):
+    return toy.true_render(scene, np.random.default_rng(seed), 16, fps)
+
+
+def pair_answers(video):
+    """(what is read of each shape, sorted, background, wrong cut)."""
+    one, two = toy.grade_pair(video)
+    assert (one.background, one.wrong_cut) == (two.background, two.wrong_cut)
+    read = [tuple(map(str, (seen.color, seen.shape, seen.direction))) for seen in (one, two)]
+    return *sorted(read), one.background, one.wrong_cut
+
+
+def right(scene, cut=False):
+    return *sorted(toy.things(scene)), scene[-1], cut
+
+
+@quicker
+@given(PAIRS)
+def test_true_pairs_are_right(what):
+    assert pair_answers(pair_clip(**what)) == right(what["scene"])
+
+
+@quicker
+@given(PAIRS)
+def test_true_pairs_are_right_when_blurred_and_noisy(what):
+    noise = np.random.default_rng(what["seed"]).normal(0, 4, (16, 64, 64, 3))
+    video = (blurred(pair_clip(**what), 0.7) + noise).round().clip(0, 255).astype(np.uint8)
+    assert pair_answers(video) == right(what["scene"])
+
+
+def test_two_shapes_are_followed():
+    """By colour where they jump about, by place where they are of one colour."""
+    scene = ("red", "circle", "right", "blue", "square", "left", "black")
+    still = np.array([[[20, 20]], [[45, 45]]]).repeat(16, 1)
+    jumping = np.where((np.arange(16) % 2)[None, :, None], still, still[::-1])
+    read = pair_answers(toy.draw_scene(scene, jumping))
+    assert read == (("blue", "square", "None"), ("red", "circle", "None"), "black", False)
+    alike = ("red", "circle", "right", "red", "square", "left", "black")
+    assert pair_answers(pair_clip(alike, 1)) == right(alike)
+    same = ("red", "circle", "up", "red", "circle", "down", "teal")
+    video = pair_clip(same, 2)
+    assert pair_answers(video) == right(same)
+    for seen in toy.grade_pair(video):
+        assert abs(seen.speed - 1.25) < 0.05 and len(set(np.sign(np.diff(seen.centers[:, 0])))) == 1
+
+
+def test_pairs_with_a_shape_missing():
+    scene = ("red", "circle", "right", "blue", "square", "up", "gray")
+    alone = clip("red", "circle", "right", "gray")
+    assert pair_answers(alone) == (("None",) * 3, ("red", "circle", "right"), "gray", False)
+    blank = np.full_like(alone, toy.BACKGROUNDS["gray"][0])
+    assert pair_answers(blank) == (("None",) * 3, ("None",) * 3, "gray", False)
+    paths = np.stack([[[20, 12]] + np.arange(16)[:, None] * [0, 2], [[50, 57]] - np.arange(16)[:, None] * [2, 0]])
+    video = toy.draw_scene(scene, paths)
+    without = toy.draw("red", "circle", "gray", paths[0])
+    video[[0, 9]] = without[[0, 9]]  # in 2 of 16 frames, the first among them
+    assert pair_answers(video) == right(scene)
+    video[4] = without[4]
+    assert pair_answers(video) == (("None",) * 3, ("red", "circle", "right"), "gray", False)
+
+
+def test_wrong_cuts_of_pairs():
+    scene = ("red", "circle", "right", "blue", "square", "left", "black")
+    paths = np.stack([[[15, 12]] + np.arange(16)[:, None] * [0, 2], [[30, 50]] - np.arange(16)[:, None] * [0, 2]])
+    video = toy.draw_scene(scene, paths)
+    assert pair_answers(video) == right(scene)
+    third = video.copy()
+    third[7] = np.maximum(third[7], toy.draw("green", "circle", "black", [[50, 30]])[0])  # in a single frame
+    assert pair_answers(third) == right(scene, True)
+    twice = toy.draw("red", "circle", "black", paths[0])
+    once = video.copy()
+    once[7] = np.maximum(twice[7], toy.draw("red", "circle", "black", [[50, 30]])[0])  # no blue one there, two red ones
+    assert toy.grade_pair(once)[0].wrong_cut
+    both_red = toy.draw_scene(("red", "circle", "right", "red", "square", "left", "black"), paths)
+    assert not toy.grade_pair(both_red)[0].wrong_cut  # in every frame: a wrong colour, cut it is not
+    rolled = roll_grid(toy.draw_scene(scene, np.stack([np.full((16, 2), 32), np.full((16, 2), [32, 55])])), 32, 0)
+    assert toy.grade_pair(rolled, (4, 4))[0].wrong_cut
+    edges = np.stack([np.tile([6.75, 20], (16, 1)), np.tile([57.25, 20], (16, 1))])
+    assert not toy.grade_pair(toy.draw_scene(("white", "square", "up", "blue", "circle", "up", "black"), edges),
+                              (4, 4))[0].wrong_cut  # on both sides of a border, a pixel from it

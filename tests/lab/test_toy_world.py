@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_toy_grader import ALL, answers, quick, read
+from test_toy_grader import ALL, answers, quick, quicker, read
 
 from lab import toy
 from lab.toy import world as module
@@ -55,6 +55,40 @@ def test_splits_are_what_they_were():
     assert hashlib.sha256(text).hexdigest().startswith("d1dbd1890465687f")
     with pytest.raises(ValueError, match="split must be train, val or test, got 'tset'"):
         toy.triples("tset")
+
+
+def test_pairs_of_level_2():
+    """Held-out pairs are new in their subjects, whatever the direction; all of their parts are trained."""
+    train, val, test = (toy.pairs(split) for split in ("train", "val", "test"))
+    assert (len(train), len(set(train)), len(val), len(test)) == (1080, 1080, 5, 10)
+    together = [{frozenset((pair[:2], pair[3:5])) for pair in split} for split in (train, val, test)]
+    assert [len(subjects) for subjects in together] == [120, 5, 10] and not together[1] & (together[0] | together[2])
+    assert not together[0] & together[2]
+    trained = set(toy.triples("train"))
+    for pair in train + val + test:
+        assert {pair[:3], pair[3:]} <= trained and pair[0] != pair[3]
+    for pair in val + test:
+        assert not set(pair[:3]) & set(pair[3:])  # so that any mixing up shows
+    assert {frozenset((pair[0], pair[3])) for pair in val + test} == set(map(frozenset, combinations(toy.COLORS, 2)))
+    words = Counter(word for pair in test for word in pair)
+    assert [{words[word] for word in names} <= set(range(least, least + 2)) for names, least in
+            ((toy.COLORS, 3), (toy.SHAPES, 6), (toy.DIRECTIONS, 5))] == [True] * 3
+    text = repr((toy.pairs("val"), toy.pairs("test"))).encode()  # published numbers are of these
+    assert hashlib.sha256(text).hexdigest().startswith("13ba9928f95d9199")
+    with pytest.raises(ValueError, match="split must be train, val or test, got 'tset'"):
+        toy.pairs("tset")
+
+
+def test_scenes_of_level_2_are_told_in_both_orders():
+    scenes = toy.scenes("val", 2)
+    assert [toy.describe(scene) for scene in scenes[:2]] == [
+        "a red triangle moving left and a blue square moving up on a black background",
+        "a blue square moving up and a red triangle moving left on a gray background"]
+    assert len(scenes) == 20 and {scene[-1] for scene in scenes} == {*toy.BACKGROUNDS}
+    assert toy.things(scenes[1]) == [("blue", "square", "up"), ("red", "triangle", "left")]
+    assert toy.describe(("red", "circle", None, "blue", "square", None, None)) == "a red circle and a blue square"
+    for scene in toy.scenes("test"):
+        assert toy.describe(scene) == toy.caption(*scene) and toy.things(scene) == [scene[:3]]
 
 
 def test_captions():
@@ -115,6 +149,26 @@ def test_nothing_leaves_the_frame(seed, triple, background, size):
     np.testing.assert_allclose(np.diff(centers, axis=0), way * np.diff(times)[:, None] * 10 * size / 64, atol=1e-9)
     y, x = (centers[0] * 64 / size).round().astype(int)
     assert tuple(frames[0, y * size // 64, x * size // 64]) == toy.COLORS[color]
+
+
+@quicker
+@given(st.integers(0, 2**32), st.sampled_from(toy.scenes("train", 2)), st.sampled_from([32, 64]))
+def test_two_shapes_stay_apart_and_move_as_told(seed, scene, size):
+    times = np.linspace(0, toy.SECONDS, 61)
+    paths = module.trajectories(scene, times, np.random.default_rng(seed), size)
+    assert paths.shape == (2, 61, 2)
+    boxes = np.abs(paths[0] - paths[1]).max(1) * 64 / size - toy.EXTENT
+    assert boxes.min() >= module.GAP - 1e-9
+    frames = toy.draw_scene(scene, paths, size)
+    for (color, _, direction), path in zip(toy.things(scene), paths):
+        steps = np.array(toy.DIRECTIONS[direction]) * np.diff(times)[:, None] * toy.SPEED * size / 64
+        np.testing.assert_allclose(np.diff(path, axis=0), steps, atol=1e-9)
+        assert path.min() >= 6.75 * size / 64 - 1e-9 and path.max() <= 57.25 * size / 64 + 1e-9
+        inside = tuple(path[7].astype(int))
+        assert tuple(frames[7][inside]) == toy.COLORS[color]
+    alone = [toy.draw(color, shape, scene[-1], path, size) for (color, shape, _), path in zip(toy.things(scene), paths)]
+    backdrop = np.array(toy.BACKGROUNDS[scene[-1]])
+    np.testing.assert_array_equal(frames, alone[0].astype(int) + alone[1] - backdrop)
 
 
 def test_positions_across_the_motion_and_of_stills_fill_the_frame():
@@ -215,6 +269,51 @@ def test_half_of_the_stills_can_be_of_what_moves(tmp_path):
     assert np.histogram(along, 5, (6, 58))[0].min() > 50  # at any moment of the motion
 
 
+def test_a_world_of_level_2_holds_one_of_level_1(world, tmp_path):
+    """Every other file is that of level 1, to the bit; those between are of two shapes, and true."""
+    counts = {"clips": 2 * SMALL["clips"] - 1, "images": 1, "captioned": 2 * SMALL["captioned"] - 1}
+    toy.render(tmp_path / "w", seed=3, **counts, level=2, workers=2)
+    both = tmp_path / "w", world
+    rows, ours = ([*csv.DictReader(open(folder / "videos.csv"))] for folder in both)
+    lines, our_lines = ([json.loads(line) for line in open(folder / "images.jsonl")] for folder in both)
+
+    def same(one, other):
+        return (both[0] / one).read_bytes() == (both[1] / other).read_bytes()
+
+    shown = []  # (frames, caption) of two shapes
+    for n, row in enumerate(rows):
+        if n % 2:
+            shown.append((read(tmp_path / "w" / row["contentUrl"])[::20][:15], row["name"]))
+        else:
+            assert row["name"] == ours[n // 2]["name"]
+            assert same(row["contentUrl"], ours[n // 2]["contentUrl"])
+    for n, line in enumerate(lines):
+        if n % 2:
+            shown.append((read(tmp_path / "w" / line["path"]), line["caption"]))
+        else:
+            assert line["caption"] == our_lines[n // 2]["caption"]
+            assert same(line["path"], our_lines[n // 2]["path"])
+    train = {pair for one in toy.pairs("train") for pair in (one, module.swapped(one))}
+    for frames, text in shown:
+        seen = toy.grade_pair(frames)
+        (*one, background), (*two, last) = map(toy.expected, text.split(" and "))
+        assert background is None and seen[0].background in (last, *[seen[0].background] * (last is None))
+        assert {(each.color, each.shape, each.direction) for each in seen} == {tuple(one), tuple(two)}
+        assert (*one, *two) in train if len(frames) > 1 else one[2] is two[2] is None and one[0] != two[0]
+    labels = [{path: data for path, data in files(folder).items() if path.parts[0] == "labels"} for folder in both]
+    assert labels[0] == labels[1] and len(labels[0]) == 72
+    assert json.loads((tmp_path / "w" / "world.json").read_text())["level"] == 2
+
+
+def test_half_of_the_pairs_move_with_the_stills(tmp_path):
+    toy.render(tmp_path / "w", clips=0, images=0, captioned=576, moving=True, level=2)
+    texts = [json.loads(line)["caption"] for line in open(tmp_path / "w" / "images.jsonl")]
+    two = [text for text in texts if " and " in text]
+    assert texts[1::2] == two and sum(text.count("moving") == 2 for text in two) == 144
+    assert sum("moving" not in text for text in two) == 144
+    assert 0.15 < np.mean(["background" not in text for text in two]) < 0.35
+
+
 def test_half_a_world_is_never_there(tmp_path, monkeypatch):
     def fail(path, frames):
         raise OSError("disk full")
@@ -239,6 +338,7 @@ def test_the_rest_of_a_killed_run_is_no_obstacle_and_an_empty_folder_is_none(tmp
     (["{}/new", "--size", "33"], "size must be even"),
     (["{}/new", "--size", "14"], ">= 16, got 14"),
     (["{}/new", "--clips", "-1"], "clips must be >= 0, got -1"),
+    (["{}/new", "--level", "3"], "level must be in 1..2, got 3"),
     (["{}/new", "--clips", "many"], "clips: must be a whole number, got 'many'"),
 ])
 def test_bad_commands_say_so_in_one_line(run, tmp_path, arguments, message):

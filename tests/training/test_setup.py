@@ -165,6 +165,8 @@ def test_a_world_of_other_options_is_refused(encoding, tmp_path):
     cfg, _ = encoding
     with pytest.raises(ValueError, match="was rendered with clips 8, the config says 54: choose another folder"):
         data_lists(dataclasses.replace(cfg, toy_clips=54))
+    with pytest.raises(ValueError, match="was rendered with level 1, the config says 2: choose another folder"):
+        data_lists(dataclasses.replace(cfg, toy_level=2))
     for place in ("/dev/null/toy", str(tmp_path)):  # not to be made; no world
         with pytest.raises(ValueError, match=f"the toy world {place}: "):
             data_lists(dataclasses.replace(cfg, toy=place))

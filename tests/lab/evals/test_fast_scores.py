@@ -128,6 +128,16 @@ def test_psnr_where_nothing_was_read():
     assert fast.fitted_psnr(scene, centers, video) > 40
 
 
+def test_psnr_of_two_shapes():
+    scene = ("red", "circle", "right", "blue", "square", "right", "teal")
+    centers = np.stack([CENTERS, CENTERS + [30, 0]])
+    video = toy.draw_scene(scene, centers)
+    assert fast.fitted_psnr(scene, centers, video) > 40
+    alone = toy.draw("red", "circle", "teal", CENTERS)
+    assert fast.fitted_psnr(scene, centers, alone) == pytest.approx(by_formula(alone, video), abs=0.3)
+    assert fast.fitted_psnr(scene, np.stack([CENTERS, np.full((16, 2), np.nan)]), alone) > 40
+
+
 def test_what_is_noted_is_what_the_grader_says(monkeypatch):
     """Two scenes of the shipped model: graded as by grade_prompts, and latents beside those made one by one."""
     scenes = toy.scenes("val")[:2]
@@ -164,6 +174,8 @@ def test_the_cheapest_that_is_not_worse():
     assert fast.cheapest([first, near, better, cheap]) is better
     low = a_line(50, shape=50)
     assert fast.cheapest([low, a_line(10)]) is not low  # wholly above is not worse
+    two = [first | {"mixed up": a_line(1, cuts=2)["wrong cuts"]}, near | {"mixed up": a_line(1, cuts=20)["wrong cuts"]}]
+    assert fast.cheapest(two) is two[0]
     sharp = a_line(15, psnr=31)
     assert fast.cheapest([first, better, sharp]) is sharp and fast.cheapest([first, sharp, better]) is sharp
 
@@ -216,11 +228,12 @@ def test_the_command_and_how_it_goes_on(call, tmp_path):
     before, ckpt_before = sd.load(str(ckpt)), ckpt.read_bytes()
     assert without_seconds(call()) == without_seconds(out)
     assert "".join(kept) == results.read_text() and ckpt.read_bytes() == ckpt_before
-    other = json.dumps(lines[1] | {"weights": "others"}) + "\n"
-    results.write_text(kept[0] + other + kept[2] + kept[3])  # one line is missing, and one is of other weights
+    # one line is missing, and there is one like it of other weights, and of two shapes
+    other = "".join(json.dumps(lines[1] | differs) + "\n" for differs in ({"weights": "others"}, {"level": 2}))
+    results.write_text(kept[0] + other + kept[2] + kept[3])
     assert f"fast is now {best}" in call("--write")
     *rest, again = results.read_text().splitlines(keepends=True)
-    assert rest == [kept[0], other, kept[2], kept[3]]
+    assert "".join(rest) == kept[0] + other + kept[2] + kept[3]
     assert json.loads(again) == lines[1]
 
     written = sd.load(str(ckpt))
@@ -231,7 +244,7 @@ def test_the_command_and_how_it_goes_on(call, tmp_path):
             assert torch.equal(tensor, before.parts()[part].state_dict()[name])
     whole = Request("x", fast=True).resolve(written)
     assert {name: getattr(whole, name) for name in FAST} == fast_settings(best)
-    assert len(results.read_text().splitlines()) == 5 and call() and len(results.read_text().splitlines()) == 5
+    assert len(results.read_text().splitlines()) == 6 and call() and len(results.read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("options, says", [
