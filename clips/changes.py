@@ -12,9 +12,9 @@ from itertools import chain
 
 import numpy as np
 
-from clips.decode import Bad
+from clips.decode import Bad, Member
 from clips.jobs import in_threads
-from clips.lists import Items, image_names
+from clips.lists import Items, images_of
 
 
 def made_from(items: Items) -> np.ndarray:
@@ -34,8 +34,10 @@ def hashes(items: Items, i: int) -> tuple[int, int]:
     except Bad as bad:
         return hash64(str(bad)), 0
     try:
-        names = image_names(item.path) if items.source == "label" else [""]
-        files = [(name, size_and_time(os.path.join(item.path, name) if name else item.path)) for name in names]
+        if items.source == "label":
+            files = [(os.path.basename(path), size_and_time(path)) for path in images_of(item.path)]
+        else:
+            files = [("", size_and_time(item.path))]
     except Bad:
         files = [("", None)]
     place = item.path.removeprefix(os.path.join(items.folder, ""))  # list and clips may move together
@@ -43,6 +45,9 @@ def hashes(items: Items, i: int) -> tuple[int, int]:
 
 
 def size_and_time(path: str) -> tuple[int, int] | None:
+    """Size and time of a file; of one in a tar, the tar's time."""
+    if isinstance(path, Member):
+        return path.size, path.time
     try:
         found = os.stat(path)
         return found.st_size, found.st_mtime_ns

@@ -1,8 +1,8 @@
-"""Check a list: count what cannot be used by reason, and name each file in LIST.check.jsonl.
+"""Check a list: count what cannot be used by reason, and name each file in LIST.check.jsonl; of tars, each member.
 
     python -m clips.check LIST
     python -m clips.check FOLDER --source label
-    python -m clips.check LIST --source caption
+    python -m clips.check "shards/{00000..00999}.tar" --source caption
 """
 
 import hashlib
@@ -10,13 +10,14 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 
 from tqdm import tqdm
 
 from cli import beside, option, parse, run
-from clips.decode import Bad, frames_at, opened
+from clips.decode import Bad, Member, frames_at, open_file, opened
 from clips.jobs import in_threads
-from clips.lists import Items, image_names
+from clips.lists import Items, images_of
 from clips.pictures import View, fit_image
 from clips.samples import SOURCES, Spec, offered_fps
 
@@ -27,7 +28,8 @@ def check(source: str, path: str, spec: Spec):
     out = os.path.join(items.folder, os.path.basename(os.path.abspath(path)) + ".check.jsonl")
     with (beside(out) as part, open(part, "w", encoding="utf-8") as file,
           in_threads(lambda i: check_item(items, i, spec), range(len(items))) as results):
-        for i, found in enumerate(tqdm(results, "check", len(items), unit="item")):
+        faults = [(None, [(*fault, None)]) for fault in (items.tars.faults if items.tars else ())]  # of no item
+        for i, found in chain(faults, enumerate(tqdm(results, "check", len(items), unit="item"))):
             for name, reason, digest in found:
                 kind = reason
                 if reason is None and digest in seen:
@@ -37,10 +39,10 @@ def check(source: str, path: str, spec: Spec):
                     continue
                 reasons[kind] += 1
                 file.write(json.dumps({"item": i, "path": name, "reason": reason}) + "\n")
-    print(f"{len(items)} items, {len(seen)} files that can be used, {reasons.total()} that cannot:")
     for reason, n in reasons.most_common():
         print(f"{n:8d}  {reason}")
-    print(f"each of them: {out}")
+    print(f"{len(items)} items; what cannot be used is in {out}")
+    print(f"{len(seen)} of {len(seen) + reasons.total()} usable")
 
 
 def check_item(items: Items, i: int, spec: Spec) -> list[tuple[str, str | None, bytes | None]]:
@@ -49,12 +51,12 @@ def check_item(items: Items, i: int, spec: Spec) -> list[tuple[str, str | None, 
         path = items[i].path
         if items.source != "label":
             return [check_file(items.source, path, spec)]
-        names = image_names(path)
-        if not names:
+        paths = images_of(path)
+        if not paths:
             raise Bad("no image in it")
     except Bad as bad:
         return [(items.name(i), str(bad), None)]
-    return [check_file("label", os.path.join(path, name), spec) for name in names]
+    return [check_file("label", path, spec) for path in paths]
 
 
 def check_file(source: str, path: str, spec: Spec) -> tuple[str, str | None, bytes | None]:
@@ -73,8 +75,8 @@ def check_file(source: str, path: str, spec: Spec) -> tuple[str, str | None, byt
 
 def digest(path: str, part=1 << 16) -> bytes:
     """A hash of a file's length, beginning, middle and end: enough to find one that was saved twice."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    size = path.size if isinstance(path, Member) else os.path.getsize(path)
+    with open_file(path) as file:
         found = hashlib.blake2b(str(size).encode(), digest_size=16)
         for at in (0, max(0, size // 2), max(0, size - part)):
             file.seek(at)
@@ -87,7 +89,7 @@ class Options:
     list: str = option(None, "the list, or folder, that training will read", positional=True)
     source: str = option("video", "what is in it", choices=SOURCES)
     frames: int = option(16, "frames of a clip: a video that has fewer is too short", low=1)
-    captions: str = option("", "from_names: without any, the name of the file", choices=("", "from_names"))
+    captions: str = option("", "from_names: without any, the name of the file; else the field that says them")
 
 
 def main():

@@ -8,12 +8,13 @@ time and memory.
 """
 
 import bisect
+import io
 import math
 import os
 import re
 import stat
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -25,6 +26,8 @@ VIDEO_FPS = (1, 2, 4, 8, 15, 30, 60)  # Equation 6
 PICTURE_ENDINGS = (".gif", ".webp", ".png", ".apng")  # what may be animated, or be a still
 VIDEO_ENDINGS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp",
                  ".ogv", ".mts", ".m2ts", *PICTURE_ENDINGS)
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".apng", ".jfif",
+                 ".avif")
 
 TIME_LIMIT = 30  # seconds to open a file, and to decode the frames of a clip
 BYTE_LIMIT = 1 << 29  # of a clip, compressed
@@ -40,6 +43,80 @@ SEEING_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # libav's own decoders le
 class Bad(Exception):
     """A file or an item that cannot be used. Its text is the reason, always the same for the same fault, so that
     reasons can be counted."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, by themselves or in a tar
+
+
+class Member(str):
+    """The path of a file in a tar, "x.tar/000031.mp4": a text for messages, which `open_file` opens where it lies.
+
+    tar       the tar's own path
+    at, size  its first byte there, and how many
+    time      when the tar was last modified, in nanoseconds, when it was looked through
+    beside    ending -> (first byte, size) of files of the same name with another ending
+    """
+
+    @classmethod
+    def of(cls, tar: str, name: str, at: int, size: int, time: int, beside=()) -> "Member":
+        member = cls(f"{tar}/{name}")
+        member.tar, member.at, member.size, member.time, member.beside = tar, at, size, time, dict(beside)
+        return member
+
+
+class Part(io.RawIOBase):
+    """The bytes of a Member."""
+
+    def __init__(self, member: Member):
+        self.name, self.first, self.size, self.place = str(member), member.at, member.size, 0
+        self.file = open(member.tar, "rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence=io.SEEK_SET) -> int:
+        self.place = max(0, offset + (0, self.place, self.size)[whence])
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        self.file.seek(self.first + self.place)
+        read = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.place)])
+        self.place += read
+        return read
+
+    def close(self):
+        super().close()
+        self.file.close()
+
+
+def open_file(path: str):
+    """Open a file, or a Member, to read its bytes."""
+    return io.BufferedReader(Part(path)) if isinstance(path, Member) else open(path, "rb")
+
+
+def require_file(path: str):
+    """Raise Bad unless a path leads to a regular file, whole where it is a Member: opening a fifo would wait for ever.
+    """
+    try:
+        found = os.stat(path.tar if isinstance(path, Member) else path)
+    except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have such a name
+        raise Bad("missing") from error
+    except OSError as error:
+        raise Bad(error.strerror.lower()) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise Bad("not a regular file")
+    if isinstance(path, Member) and found.st_mtime_ns != path.time:
+        raise Bad("its tar has changed meanwhile: start again")
+    if isinstance(path, Member) and path.at + path.size > found.st_size:
+        raise Bad("cut off by the end of its tar")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos
 
 
 @dataclass
@@ -77,10 +154,13 @@ def opened(path: str):
         raise Bad((error.strerror or type(error).__name__).lower()) from error
 
 
-def open_container(path: str, formats=FORMATS, **options: str) -> av.container.InputContainer:
-    """Open a file that is no playlist."""
+@contextmanager
+def open_container(path: str, formats=FORMATS, **options: str):
+    """Context manager: open a file that is no playlist."""
     options |= {"format_whitelist": formats, "protocol_whitelist": "file"}
-    return av.open(path, container_options=options, metadata_errors="replace", timeout=TIME_LIMIT)
+    with (open_file(path) if isinstance(path, Member) else nullcontext(path) as file,
+          av.open(file, container_options=options, metadata_errors="replace", timeout=TIME_LIMIT) as container):
+        yield container
 
 
 def video_stream(container) -> av.VideoStream:
@@ -90,18 +170,6 @@ def video_stream(container) -> av.VideoStream:
         if stream.codec_context and not stream.disposition & pictures:
             return stream
     raise Bad("no video in it")
-
-
-def require_file(path: str):
-    """Raise Bad unless a path leads to a regular file: opening a fifo would wait for ever."""
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have such a name
-        raise Bad("missing") from error
-    except OSError as error:
-        raise Bad(error.strerror.lower()) from error
-    if not regular:
-        raise Bad("not a regular file")
 
 
 def told_timing(stream) -> tuple[float, float, float] | None:
@@ -252,7 +320,7 @@ class Animation:
 
 def picture_kind(path: str) -> str:
     """gif, png or webp, by the first bytes of a file; "" for what is none of them."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         head = file.read(12)
     kinds = {"gif": head[:4] == b"GIF8", "png": head[:8] == b"\x89PNG\r\n\x1a\n",
              "webp": (head[:4], head[8:]) == (b"RIFF", b"WEBP")}
@@ -263,7 +331,7 @@ def is_still(path: str) -> bool:
     """Whether a file is a picture that does not move. False for one that is damaged, or no picture."""
     try:
         require_file(path)
-        with Image.open(path, formats=("GIF", "JPEG", "PNG", "WEBP")) as image:
+        with open_file(path) as file, Image.open(file, formats=("GIF", "JPEG", "PNG", "WEBP")) as image:
             return not getattr(image, "is_animated", False)
     except Exception:  # Pillow raises anything on damaged bytes
         return False
@@ -288,7 +356,7 @@ def libav_frames(path: str, drawn: bool):
 def webp_frames(path: str, drawn: bool):
     """Yield (seconds, frame) of a WebP."""
     try:
-        with Image.open(path, formats=("WEBP",)) as image:
+        with open_file(path) as file, Image.open(file, formats=("WEBP",)) as image:
             if not 0 < image.width * image.height <= PIXEL_LIMIT:
                 raise Bad("absurd size")
             for n in range(image.n_frames):

@@ -30,7 +30,7 @@ from clips.decode import VIDEO_FPS
 from clips.encoded import EncodedClips, as_spec, fingerprint, index_of, lines_of, read_settings
 from clips.encoder import Encoder, all_samples, old_samples
 from clips.jobs import LOCK, PATIENCE, Clock, held, in_threads, own_threads, require_held, sign
-from clips.lists import Items
+from clips.lists import Items, is_there
 from clips.samples import SOURCES, Spec
 from sd.checkpoint import write_tensors
 from sd.device import pick_device
@@ -289,7 +289,7 @@ class Options:
     random_crop: bool = option(False, "crop frames at random instead of in the middle")
     flip: bool = option(False, "mirror half of the samples, but none whose caption may mention a side")
     background: str = option("white", "color that shows through what is transparent, like white or #ffcc00")
-    captions: str = option("", "from_names: without any, the name of the file", choices=("", "from_names"))
+    captions: str = option("", "from_names: without any, the name of the file; else the field that says them")
     text: bool = option(False, "store the contexts of captions too, for training with a frozen text tower")
     dtype: str = option("float16", "precision of what is stored", choices=("float16", "float32"))
     seed: int = option(0, "seed of crops, starts and captions", low=0)
@@ -332,7 +332,7 @@ def planned(o: Options) -> dict | None:
         print(f"{o.out}: {described(changes)}")
         if not is_stale(changes) and not changes["absent"]:
             return None
-    for path in lists.values():
+    for path in filter(lambda path: not is_there(path), lists.values()):
         os.stat(path)  # now, not after a model is loaded
     spec = Spec(o.frames, *o.size, o.fps, o.starts, o.draws, o.random_crop, o.flip, o.background, o.captions, o.seed)
     return {"lists": lists, "out": out, "spec": asdict(spec), "text": o.text, "dtype": o.dtype}

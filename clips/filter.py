@@ -3,8 +3,9 @@
     python -m clips.filter LIST --keep 0.05
     torchrun --nproc_per_node=8 -m clips.filter LIST          # each process scores its share, on a GPU of its own
 
-Writes the filtered list beside LIST, in the same form; also LIST.sheet.png with examples, and LIST.scores-*.jsonl, with
-which an interrupted call goes on, and which another --keep reads instead of scoring again.
+Writes the filtered list beside LIST, in the same form, which of tars is a folder of tars; also LIST.sheet.png with
+examples, and LIST.scores-*.jsonl, with which an interrupted call goes on, and which another --keep reads instead of
+scoring again.
 """
 
 import glob
@@ -13,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +30,7 @@ from clips.decode import Bad, frames_at, opened
 from clips.jobs import appending, in_threads
 from clips.lists import Items
 from clips.pictures import View, fit_frame, upright_size
+from clips.tars import write_tars
 from sd.device import pick_device
 
 INVERSE_TEMPERATURE = 1 / 0.07  # the paper's ε
@@ -141,9 +144,13 @@ def write_filtered(items: Items, stem: str, scores: dict[int, dict], keep: float
     kept = ranked[: max(1, round(keep * len(items)))]
     threshold = scores[kept[-1]]["score"]
 
-    name = os.path.splitext(os.path.basename(stem))[0] + ".filtered" + (".csv" if items.csv else ".jsonl")
-    out = os.path.join(items.folder, name)  # where relative paths resolve as before
-    write_list(out, items, sorted(kept))
+    name = os.path.splitext(os.path.basename(stem))[0] + ".filtered"
+    if items.tars:
+        out = os.path.join(items.folder, re.sub(r"[{}]", "", name))
+        write_tars(out, items.tars, sorted(kept))
+    else:
+        out = os.path.join(items.folder, name + (".csv" if items.csv else ".jsonl"))  # where paths resolve as before
+        write_list(out, items, sorted(kept))
 
     counts, edges = np.histogram([scores[i]["score"] for i in ranked], 20)
     marked = np.searchsorted(edges[1:-1], threshold, side="right")  # the bin of the threshold
@@ -187,7 +194,7 @@ class Options:
     model: str = option("ViT-H-14", "CLIP model, by its name in open_clip")
     pretrained: str = option("laion2b_s32b_b79k", "its weights, by their name in open_clip, or a file")
     frames: int = option(4, "frames of a clip that are scored", low=1)
-    captions: str = option("", "from_names: without any, the name of the file", choices=("", "from_names"))
+    captions: str = option("", "from_names: without any, the name of the file; else the field that says them")
 
 
 def main():

@@ -14,11 +14,9 @@ import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps
 
 from cli import warn
-from clips.decode import PIXEL_LIMIT, Bad, require_file
+from clips.decode import PIXEL_LIMIT, Bad, open_file, require_file
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".apng", ".jfif",
-                 ".avif")
-# what has such names; for some of what else Pillow knows it starts a program. The last is not in every Pillow
+# what has the names of images; for some of what else Pillow knows it starts a program. The last is not in every Pillow
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 UNKNOWN, BT709, HD = 2, 1, 720  # color spaces as libav numbers them; lines of a picture
 
@@ -107,7 +105,7 @@ def quarters(frame: av.VideoFrame) -> int:
 def load_image(path: str) -> Image.Image:
     """Decode an image file, upright -> L, RGB or RGBA. Raises Bad."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_file(path) as file, Image.open(file, formats=FORMATS) as image:
             _, box, _, packing = image.tile[0] if image.tile else (None,) * 4
             image.load()
         with suppress(Exception):  # a picture whose EXIF data are damaged is shown as it lies

@@ -8,7 +8,6 @@ An item has as many samples as it offers FPS values, times `Spec.starts` or `Spe
 random choice of a sample is a function of (seed, source, item, fps, k), so that it is the same live and encoded ahead.
 """
 
-import os
 import re
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from clips.decode import VIDEO_FPS, Bad, Video, frames_at, opened, usable_fps
-from clips.lists import Item, Items, image_names
+from clips.lists import Item, Items, images_of
 from clips.pictures import View, fit_frame, fit_image, read_color
 from sd.vae import to_uint8
 
@@ -38,7 +37,7 @@ class Spec:
     random_crop: bool = False  # instead of the middle
     flip: bool = False  # mirror half of the samples, but never one whose caption may mention a side
     background: str = "white"  # the color that shows through where a picture is transparent
-    captions: str = ""  # "from_names": of what has no other
+    captions: str = ""  # "from_names": of what has no other; else the field that says them
     seed: int = 0
 
     def __post_init__(self):
@@ -147,13 +146,12 @@ def clip_frames(video: Video, fps: int, caption: str, spec: Spec, rng) -> torch.
 
 def label_images(folder: str, caption: str, spec: Spec, rng) -> tuple[torch.Tensor, tuple]:
     """T different images of a folder (T, 3, H, W), repeated only when there are too few; and what had to be skipped."""
-    names, images, skipped = image_names(folder), [], []
-    for j in rng.permutation(len(names)):
-        path = os.path.join(folder, names[j])
+    paths, images, skipped = images_of(folder), [], []
+    for j in rng.permutation(len(paths)):
         try:
-            images.append(fit_image(path, spec.width, spec.height, draw_view(caption, spec, rng)))
+            images.append(fit_image(paths[j], spec.width, spec.height, draw_view(caption, spec, rng)))
         except Bad as bad:
-            skipped.append((path, str(bad)))
+            skipped.append((str(paths[j]), str(bad)))
         if len(images) == spec.frames:
             break
     if not images:

@@ -61,7 +61,7 @@ class Config:
     flip: bool = option(False, "mirror half of the samples whose caption cannot mention a side")
     frame_pool: int = option(8000, "frames in memory for training a VAE", low=1, high=10**7)
     background: str = option("white", "color that shows through what is transparent, like white or #ffcc00")
-    captions: str = option("", "from_names: without any, the name of the file", choices=("", "from_names"))
+    captions: str = option("", "from_names: without any, the name of the file; else the field that says them")
     drop_caption: float = option(0.1, "share of captions dropped, for classifier-free guidance", low=0, high=1)
     validation: int = option(0, "last items of each list that are held out, to measure the validation loss", low=0)
 

@@ -15,7 +15,7 @@ import torch
 from clips.decode import Bad
 from clips.encoded import EncodedClips
 from clips.encoder import all_samples
-from clips.lists import Items
+from clips.lists import Items, is_there
 from sd import Settings, build
 from sd.device import free_memory, pick_dtype
 from sd.presets import ModelConfig
@@ -94,7 +94,7 @@ def data_lines(cfg: Config, shape: ModelConfig, world: int):
             yield source, epoch(cfg, world, source, clips.count(source))
         return
     for source, path in data_lists(cfg, render=False).items():
-        if not os.path.exists(path):
+        if not is_there(path):
             yield source, f"{path} is not there yet"
             continue
         items, disk = Items(source, path, cfg.captions), ""

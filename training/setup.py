@@ -10,6 +10,7 @@ from cli import read_json, warn
 from clips.changes import described, is_stale
 from clips.encode import encode
 from clips.encoded import EncodedClips, fingerprint
+from clips.lists import is_there
 from clips.samples import CAPTION_FPS, LABEL_FPS, SOURCES, LiveClips, Spec
 from lab import toy
 from sample import NoiseSchedule
@@ -102,8 +103,8 @@ def check_inputs(cfg: Config):
         if source not in lists and cfg.train == "unet":
             raise ValueError(f"mix asks for {source} samples, of which there is no list: set `{source}`, or take it "
                              "out of the mix")
-        if source in lists and (getattr(cfg, source) or os.path.exists(cfg.toy)):
-            os.stat(lists[source])
+        if source in lists and (getattr(cfg, source) or os.path.exists(cfg.toy)) and not is_there(lists[source]):
+            os.stat(lists[source])  # raises
 
 
 def render_world(cfg: Config):
@@ -153,7 +154,7 @@ def require_current(cfg: Config):
     clips = EncodedClips(cfg.encoded, text=False)
     lists = clips.lists | data_lists(cfg, render=False)  # these may be the same in another place
     lists = {source: path for source, path in lists.items() if source in clips.lists and cfg.mix.get(source)}
-    away = [path for path in lists.values() if not os.path.exists(path)]
+    away = [path for path in lists.values() if not is_there(path)]
     changes = clips.changes({source: path for source, path in lists.items() if path not in away})
     if is_stale(changes):
         moved = [f" --{source} {path}" for source, path in lists.items() if path != clips.lists[source]]

@@ -119,8 +119,8 @@ class Options(timing.Options):
     video: str = option(None, "the clips that it was trained on", positional=True, metavar="LIST")
     ckpt: str = option("runs/mine/model.safetensors", "the model")
     clips: int = option(100, "at most", low=2)
-    captions: str = option("", "from_names: without any, the name of the file (default: as in training)",
-                           choices=("", "from_names"))
+    captions: str = option("", "from_names: without any, the name of the file; else the field that says them (default: "
+                           "as in training)")
     sampler: str | None = option(None, "how to step (default: the model's)")
     steps: int | None = option(None, "sampling steps (default: the model's)", low=1, high=NoiseSchedule.timesteps)
     guidance: float | None = option(None, "guidance scale (default: the model's)")

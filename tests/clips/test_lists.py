@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clips.decode import Bad
-from clips.lists import Item, Items, Records, image_names, line_starts
+from clips.lists import Item, Items, Records, images_of, line_starts
 from clips.samples import LiveClips, Spec
 
 
@@ -300,8 +300,8 @@ def test_a_quote_that_is_never_closed_is_told_with_its_line(tmp_path, tail, line
 
 
 NO_TEXT = "its caption is not text in UTF-8"
-NO_CAPTION = ("no caption: neither in caption, prompt, text, name nor in a .txt beside it; captions=from_names would "
-              "take names of files")
+NO_CAPTION = ("no caption: neither in caption, prompt, text, name nor in a .txt or .json beside it; "
+              "captions=from_names would take names of files")
 
 
 @pytest.mark.parametrize("text, right", [
@@ -362,7 +362,7 @@ def test_what_lies_beside_the_data_is_no_data(place, names, folders):
     for source, found in (("video", ["C.MP4", "b.mp4"]), ("caption", ["C.Png", "b.png"]), ("label", ["label"])):
         items = Items(source, str(folder))
         assert [os.path.basename(items.name(i)) for i in range(len(items))] == found
-    assert image_names(str(folder / "label")) == ["b.png"]
+    assert images_of(str(folder / "label")) == [str(folder / "label" / "b.png")]
 
 
 def test_stills_among_stickers_are_no_clips_and_it_is_told(tmp_path, capsys):
