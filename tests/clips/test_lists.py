@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clips.decode import Bad
-from clips.lists import Item, Items, Records, images_of, line_starts
+from clips.lists import Item, Items, images_of
+from clips.records import Records, line_starts
 from clips.samples import LiveClips, Spec
 
 
