@@ -371,8 +371,8 @@ def test_filter_writes_its_choice_as_tars(forms, clip_weights, tmp_path, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ustar", "pax"])
 def test_a_million_members(tmp_path, kind):
-    """500 tars of 2,000 members, half of them texts: what indexing, opening and reading take, in processes of their own
-    (-s shows it). The tars are links to one, so that it is not the disk that is measured."""
+    """500 tars of 2,000 members, half of them texts: what opening and reading take, and what indexing 50 of them does,
+    in processes of their own (-s shows it). The tars are links to one, so that it is not the disk that is measured."""
     script = Path(tmp_path, "measure.py")
     script.write_text(MEASURE)
     shards, loose = tmp_path / "shards", tmp_path / "loose"
@@ -380,7 +380,7 @@ def test_a_million_members(tmp_path, kind):
     pairs = [(f"{k:09d}.mp4", os.urandom(2000)) for k in range(1000)]
     pairs = [pair for name, data in pairs for pair in ((name, data), (name[:-3] + "txt", data[:60].hex().encode()))]
     write_tar(shards / "000.tar", pairs, tarfile.PAX_FORMAT if kind == "pax" else tarfile.USTAR_FORMAT)
-    for n in range(1, 500):  # each is indexed and opened, but the disk is spared
+    for n in range(1, 50):
         os.link(shards / "000.tar", shards / f"{n:03d}.tar")
     for name, data in pairs:
         (loose / name).write_bytes(data)
@@ -389,7 +389,11 @@ def test_a_million_members(tmp_path, kind):
                               env=os.environ | {"PYTHONPATH": ROOT}, check=True)
         print(f"\n{kind}: {done.stdout.strip()}", end="")
         found = json.loads(done.stdout.partition(": ")[2])
-        assert found.get("seconds", 0) < {"index": 120, "open": 2, "read": 1e9}[step] and found["MB"] < 300
+        limit = {"index": 2 * 120 / 10, "open": 2, "read": 1}[step]  # of two cores that others may use, too
+        assert found.get("CPU seconds", 0) < limit and found["MB"] < 300
+        for n in range(50, 500 if step == "index" else 0):
+            os.link(shards / "000.tar", shards / f"{n:03d}.tar")
+            shutil.copy(shards / "000.tar.video.index", shards / f"{n:03d}.tar.video.index")
         assert found.get("ratio", 0) < 1.3
 
 
@@ -405,7 +409,7 @@ said = {"seconds": round(time.perf_counter() - began, 2)}
 def own_and_children(what):
     return [getattr(resource.getrusage(who), what) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 said["CPU seconds"] = round(sum(own_and_children("ru_utime") + own_and_children("ru_stime")), 2)
-assert len(items) == 500_000
+assert len(items) == (50_000 if step == "index" else 500_000)
 if step == "index":
     said["index MB"] = round(sum(e.stat().st_size for e in os.scandir(shards) if e.name.endswith("index")) / 1e6)
 if step == "read":
@@ -423,6 +427,7 @@ if step == "read":
     best = {name: min(seconds[1:]) for name, seconds in spent.items()}
     said = {"ms for 1,000 " + name: round(1000 * seconds) for name, seconds in best.items()}
     said["ratio"] = round(best["tars"] / best["loose"], 2)
-said["MB"] = round(max(own_and_children("ru_maxrss")) / 1e3)
+with open("/proc/self/status") as file:  # ru_maxrss would count what the parent had before it started this
+    said["MB"] = next(int(line.split()[1]) >> 10 for line in file if line.startswith("VmHWM"))
 print(step + ": " + json.dumps(said))
 '''
