@@ -301,11 +301,12 @@ def test_two_shapes_are_followed():
     assert read == (("blue", "square", "None"), ("red", "circle", "None"), "black", False)
     alike = ("red", "circle", "right", "red", "square", "left", "black")
     assert pair_answers(pair_clip(alike, 1)) == right(alike)
-    same = ("red", "circle", "up", "red", "circle", "down", "teal")
-    video = pair_clip(same, 2)
+    same = ("red", "circle", "right", "red", "circle", "left", "teal")  # past each other, to where the other began
+    video = toy.draw_scene(same, np.stack([[15, 12 + 2 * t] for t in range(16)] + [[31, 50 - 2 * t] for t in range(16)]
+                                          ).reshape(2, 16, 2))
     assert pair_answers(video) == right(same)
     for seen in toy.grade_pair(video):
-        assert abs(seen.speed - 1.25) < 0.05 and len(set(np.sign(np.diff(seen.centers[:, 0])))) == 1
+        assert abs(seen.speed - 2) < 0.05 and np.ptp(seen.centers[:, 0]) < 0.5
 
 
 def test_pairs_with_a_shape_missing():

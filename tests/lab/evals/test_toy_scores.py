@@ -88,6 +88,9 @@ def test_two_shapes_are_judged_one_by_one(shown, right, mixed_up):
         assert tuple(found.right[name] for name in evaluate.EACH) == right, found.said
         assert found.right["background"] == 1 and found.right["all"] == (right == (2, 2, 2))
         assert found.mixed_up is mixed_up and ("mixed up" in found.said) is mixed_up
+    alike = ("red", "circle", "right", "blue", "circle", "right")  # what the two have in common cannot be mixed up
+    found = evaluate.judge((*alike, "teal"), pair_video(*alike))
+    assert found.right["all"] == 1 and not found.mixed_up
     assert evaluate.judge((*scene[:6], "gray"), pair_video(*shown.split())).right["all"] == 0
 
 
