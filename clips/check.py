@@ -3,34 +3,73 @@
     python -m clips.check LIST
     python -m clips.check FOLDER --source label
     python -m clips.check "shards/{00000..00999}.tar" --source caption
+    torchrun --nproc_per_node=8 -m clips.check LIST          # each process takes the next items
+
+Interrupted, the same command goes on, by what stands in LIST.checked-*.jsonl.
 """
 
+import glob
 import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 
 from tqdm import tqdm
 
-from cli import beside, option, parse, run
+from cli import beside, check_writable, option, parse, run
+from clips.changes import hashes, hexes
 from clips.decode import Bad, Member, frames_at, open_file, opened
-from clips.jobs import in_threads
+from clips.jobs import appending, in_threads, read_notes, taken
 from clips.lists import Items, images_of
 from clips.pictures import View, fit_image
 from clips.samples import SOURCES, Spec, offered_fps
+from training.ranks import Ranks, shared
 
 
-def check(source: str, path: str, spec: Spec):
-    """Print how many files of a list cannot be used and why, and write a line about each of them beside the list."""
-    items, reasons, seen = Items(source, path, spec.captions), Counter(), {}
+def check(source: str, path: str, spec: Spec, ranks=None):
+    """Print how many files of a list cannot be used and why, and write a line about each of them beside the list.
+
+    ranks  every one of them takes the next items that are left; what an interrupted call has found is not sought again
+    """
+    ranks, items = ranks or Ranks(timeout=600), Items(source, path, spec.captions)
     out = os.path.join(items.folder, os.path.basename(os.path.abspath(path)) + ".check.jsonl")
-    with (beside(out) as part, open(part, "w", encoding="utf-8") as file,
-          in_threads(lambda i: check_item(items, i, spec), range(len(items))) as results):
-        faults = [(None, [(*fault, None)]) for fault in (items.tars.faults if items.tars else ())]  # of no item
-        for i, found in chain(faults, enumerate(tqdm(results, "check", len(items), unit="item"))):
-            for name, reason, digest in found:
+    notes, by = out.replace(".check.jsonl", ".checked"), f"{source}, {asdict(spec)}"
+    mine = f"{notes}-{ranks.rank}.jsonl"
+    for name in (out, mine):
+        check_writable(name)
+    known = {i: line for i, line in read_notes(notes, by).items() if i < len(items) and line["made"] == made(items, i)}
+    ranks.from_rank_0("begun", lambda: None)
+
+    def look(i: int) -> dict:
+        return {"item": i, "by": by, "made": made(items, i), "found": check_item(items, i, spec)}
+
+    left = taken(ranks, "items", len(items), known)
+    with appending(mine) as file, in_threads(look, left) as lines:
+        for line in tqdm(lines, "check", len(items) - len(known), unit="item", disable=ranks.rank > 0):
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+    ranks.together("checked")
+    if ranks.rank == 0:
+        known |= read_notes(notes, by)
+        report(items, out, [known[i]["found"] for i in range(len(items))])
+        for name in glob.glob(glob.escape(notes) + "-*.jsonl"):
+            os.remove(name)
+
+
+def made(items: Items, i: int) -> str:
+    """What an item is made from: another one is checked again."""
+    return hexes(hashes(items, i))
+
+
+def report(items: Items, out: str, found: list):
+    """Write and print what check_item said of all items, and which files there are twice."""
+    reasons, seen = Counter(), {}
+    faults = [(None, [(*fault, None)]) for fault in (items.tars.faults if items.tars else ())]  # of no item
+    with beside(out) as part, open(part, "w", encoding="utf-8") as file:
+        for i, files in chain(faults, enumerate(found)):
+            for name, reason, digest in files:
                 kind = reason
                 if reason is None and digest in seen:
                     kind, reason = "duplicated", f"the same as {seen[digest]}"
@@ -45,7 +84,7 @@ def check(source: str, path: str, spec: Spec):
     print(f"{len(seen)} of {len(seen) + reasons.total()} usable")
 
 
-def check_item(items: Items, i: int, spec: Spec) -> list[tuple[str, str | None, bytes | None]]:
+def check_item(items: Items, i: int, spec: Spec) -> list[tuple[str, str | None, str | None]]:
     """(name, reason why it cannot be used, digest where it can be) of each file of an item."""
     try:
         path = items[i].path
@@ -59,7 +98,7 @@ def check_item(items: Items, i: int, spec: Spec) -> list[tuple[str, str | None, 
     return [check_file("label", path, spec) for path in paths]
 
 
-def check_file(source: str, path: str, spec: Spec) -> tuple[str, str | None, bytes | None]:
+def check_file(source: str, path: str, spec: Spec) -> tuple[str, str | None, str | None]:
     try:
         if source == "video":
             with opened(path) as video:
@@ -73,7 +112,7 @@ def check_file(source: str, path: str, spec: Spec) -> tuple[str, str | None, byt
         return path, str(bad), None
 
 
-def digest(path: str, part=1 << 16) -> bytes:
+def digest(path: str, part=1 << 16) -> str:
     """A hash of a file's length, beginning, middle and end: enough to find one that was saved twice."""
     size = path.size if isinstance(path, Member) else os.path.getsize(path)
     with open_file(path) as file:
@@ -81,7 +120,7 @@ def digest(path: str, part=1 << 16) -> bytes:
         for at in (0, max(0, size // 2), max(0, size - part)):
             file.seek(at)
             found.update(file.read(part))
-    return found.digest()
+    return found.hexdigest()
 
 
 @dataclass
@@ -92,9 +131,10 @@ class Options:
     captions: str = option("", "from_names: without any, the name of the file; else the field that says them")
 
 
-def main():
+@shared(awaited="begun")
+def main(ranks: Ranks):
     options = parse(Options, __doc__)
-    check(options.source, options.list, Spec(options.frames, 64, 64, captions=options.captions))
+    check(options.source, options.list, Spec(options.frames, 64, 64, captions=options.captions), ranks)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """The CLIP filter (Equation 5): keep the clips of a list whose frames fit their caption best.
 
     python -m clips.filter LIST --keep 0.05
-    torchrun --nproc_per_node=8 -m clips.filter LIST          # each process scores its share, on a GPU of its own
+    torchrun --nproc_per_node=8 -m clips.filter LIST          # each process takes the next clips, with a GPU of its own
 
 Writes the filtered list beside LIST, in the same form, which of tars is a folder of tars; also LIST.sheet.png with
 examples, and LIST.scores-*.jsonl, with which an interrupted call goes on, and which another --keep reads instead of
 scoring again.
 """
 
-import glob
 import itertools
 import json
 import logging
@@ -17,45 +16,44 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from cli import beside, check_writable, one_line, option, parse, run
 from clips.decode import Bad, frames_at, opened
-from clips.jobs import appending, in_threads
+from clips.jobs import appending, in_threads, read_notes, taken
 from clips.lists import Items
 from clips.pictures import View, fit_frame, upright_size
 from clips.tars import write_tars
-from sd.device import pick_device
+from training.ranks import Ranks, shared
 
 INVERSE_TEMPERATURE = 1 / 0.07  # the paper's ε
 BATCH = 16  # clips scored together
 
 
-def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int, captions=""):
-    """Score the clips of a list by `count` frames each, and write a list of the best: `keep` is their share of all."""
-    items, stem = Items("video", path, captions), os.path.abspath(path)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for the others
+def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int, captions="", ranks=None):
+    """Score the clips of a list by `count` frames each, and write a list of the best: `keep` is their share of all.
+
+    ranks  every one of them takes the next clips that are left; rank 0 writes the list
+    """
+    ranks, items, stem = ranks or Ranks(timeout=600), Items("video", path, captions), os.path.abspath(path)
     by = f"{model}, {pretrained}, {count} frames, list of {len(items)}"  # scores by anything else do not count
-    known = read_scores(stem, by)
-    left = [i for i in range(rank, len(items), world) if i not in known]
-    if left:
-        out = f"{stem}.scores-{rank}.jsonl"
+    known = read_notes(f"{stem}.scores", by)
+    if len(known) < len(items):
+        out = f"{stem}.scores-{ranks.rank}.jsonl"
         check_writable(out)
-        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-        score_items(items, left, ClipScore(model, pretrained, device), count, by, out, show=rank == 0)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank == 0:
-        write_filtered(items, stem, read_scores(stem, by), keep, count)
+        clip = ClipScore(model, pretrained, ranks.device)
+        ranks.from_rank_0("begun", lambda: None)
+        left = taken(ranks, "clips", len(items), known)
+        shown = tqdm(left, "score", len(items) - len(known), unit="clip", disable=ranks.rank > 0)
+        score_items(items, shown, clip, count, by, out)
+    ranks.from_rank_0("begun", lambda: None)
+    ranks.together("scored")
+    if ranks.rank == 0:
+        write_filtered(items, stem, read_notes(f"{stem}.scores", by), keep, count)
 
 
 class ClipScore:
@@ -104,36 +102,24 @@ def spaced_frames(path: str, count: int) -> list[Image.Image]:
         return pictures
 
 
-def score_items(items: Items, chosen: list[int], clip: ClipScore, count: int, by: str, out: str, show: bool):
+def score_items(items: Items, chosen, clip: ClipScore, count: int, by: str, out: str):
     """Append a line to a file for each chosen item: its score, or why it has none."""
 
     def load(i):
         try:
             item = items[i]
-            return clip.pixels(spaced_frames(item.path, count)), item.captions
+            return i, clip.pixels(spaced_frames(item.path, count)), item.captions
         except Bad as bad:
-            return bad
+            return i, bad, None
 
-    threads = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this machine's processes
-    with appending(out) as file, in_threads(load, chosen, threads) as loaded:
-        pairs = iter(zip(tqdm(chosen, "score", unit="clip", disable=not show), loaded))
-        while part := list(itertools.islice(pairs, BATCH)):
-            good = [clip for _, clip in part if not isinstance(clip, Bad)]
+    with appending(out) as file, in_threads(load, chosen, ahead=BATCH) as loaded:
+        while part := list(itertools.islice(loaded, BATCH)):
+            good = [(pixels, captions) for _, pixels, captions in part if captions]
             scores = iter(clip.scores(good) if good else ())
-            for i, found in part:
-                result = {"bad": str(found)} if isinstance(found, Bad) else {"score": next(scores)}
+            for i, pixels, captions in part:
+                result = {"score": next(scores)} if captions else {"bad": str(pixels)}
                 file.write(json.dumps({"item": i, "by": by} | result).encode() + b"\n")
             file.flush()
-
-
-def read_scores(stem: str, by: str) -> dict[int, dict]:
-    """item -> its line, from the files of all ranks."""
-    found = {}
-    for path in sorted(glob.glob(glob.escape(stem) + ".scores-*.jsonl")):
-        with open(path, encoding="utf-8") as file:
-            lines = (json.loads(line) for line in file if line.endswith("\n"))  # an interruption may have torn the last
-            found |= {line["item"]: line for line in lines if line["by"] == by}
-    return found
 
 
 def write_filtered(items: Items, stem: str, scores: dict[int, dict], keep: float, count: int):
@@ -197,9 +183,10 @@ class Options:
     captions: str = option("", "from_names: without any, the name of the file; else the field that says them")
 
 
-def main():
+@shared(awaited="begun")
+def main(ranks: Ranks):
     o = parse(Options, __doc__)
-    clip_filter(o.list, o.keep, o.model, o.pretrained, o.frames, o.captions)
+    clip_filter(o.list, o.keep, o.model, o.pretrained, o.frames, o.captions, ranks)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What the commands of this folder share: work in threads, folders that one job holds, and files of JSON lines that
 outlive an interruption."""
 
+import glob
+import json
 import os
 import platform
 import threading
@@ -107,6 +109,27 @@ def require_held(folder: str, word: str, patience=0):
             raise ValueError(f"{folder} on {platform.node()} is held by another job, or is not that of rank 0: choose "
                              "a folder that all machines share, or end that job")
         time.sleep(0.5)
+
+
+CHUNK = 16  # items that a rank takes at once
+
+
+def taken(ranks, name: str, count: int, known):
+    """Yield the numbers below `count` that this rank takes and that are not known, see `Ranks.take`."""
+    chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+    for _, chunk in ranks.take(name, chunks):
+        yield from (i for i in chunk if i not in known)
+
+
+def read_notes(stem: str, by: str) -> dict[int, dict]:
+    """item -> its line, of what all ranks have `appended` to STEM-*.jsonl. What was noted by other settings does not
+    count."""
+    found = {}
+    for path in sorted(glob.glob(glob.escape(stem) + "-*.jsonl")):
+        with open(path, encoding="utf-8") as file:
+            lines = (json.loads(line) for line in file if line.endswith("\n"))  # an interruption may have torn the last
+            found |= {line["item"]: line for line in lines if line["by"] == by}
+    return found
 
 
 class Clock:

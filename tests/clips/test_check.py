@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 from footage import Drawn, animation, write_clip
+from runs import command
 
 
 def test_check_counts_by_reason_and_names_every_case(tmp_path, run):
@@ -29,6 +30,22 @@ def test_check_counts_by_reason_and_names_every_case(tmp_path, run):
     assert "8 items; what cannot be used is in" in done.stdout and done.stdout.endswith("\n1 of 8 usable\n")
     for reason in ("too short", "duplicated", "missing", found[6]):
         assert f"       1  {reason}\n" in done.stdout
+
+
+def test_two_ranks_find_what_one_does_and_a_killed_one_goes_on(processes, tmp_path, run):
+    for n in range(40):
+        write_clip(tmp_path / f"{n:02d}.mp4", range(0, 40 * (1 + n % 5), 20))
+        (tmp_path / f"{n:02d}.txt").write_text("x")
+    whole, name = run("clips.check", tmp_path, "--frames", 4), f"{tmp_path.name}.check.jsonl"
+    found = (tmp_path / name).read_text()
+    assert whole.returncode == 0 and found.count("the same as") > 20
+    words = ["clips.check", tmp_path, "--frames", "4"]
+    assert processes.run(words, target=command, die=(0, "SIGKILL", "clips.decode.opened", 25)) == [-9]
+    noted = (tmp_path / f"{tmp_path.name}.checked-0.jsonl").read_text().count("\n")
+    assert 0 < noted < 40
+    (tmp_path / name).unlink()
+    assert processes.run(words, ranks=2, target=command) == [0, 0], processes.log.read_text()
+    assert (tmp_path / name).read_text() == found and not list(tmp_path.glob("*.checked-*"))
 
 
 def test_check_of_images(world, tmp_path, run):
@@ -72,7 +89,7 @@ def test_check_counts_what_is_no_text_or_no_data(tmp_path, run):
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path, run):
     (tmp_path / "list.jsonl").write_text('{"path": "a.png", "caption": "one"}\n')
-    (tmp_path / "list.jsonl.check.jsonl.part").mkdir()
+    (tmp_path / "list.jsonl.checked-0.jsonl").mkdir()
     done = run("clips.check", tmp_path / "list.jsonl", "--source", "caption")
-    assert done.returncode == 2 and "list.jsonl.check.jsonl cannot be written" in done.stderr
+    assert done.returncode == 2 and "list.jsonl.checked-0.jsonl: Is a directory" in done.stderr
     assert len(done.stderr.splitlines()) == 1
