@@ -29,11 +29,11 @@ guidance = 2.0
 eta = 1.0
 
 # a hundred clips, again and again: many small steps
-max_steps = 1100
+max_steps = 2200
 batch_size = 4
 lr = 8e-4
 warmup = 50
-cooldown = 700
+cooldown = 1400
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01
@@ -41,6 +41,6 @@ ema = 0.99
 dtype = "auto"
 
 log_every = 50
-sheet_every = 550
+sheet_every = 1100
 save_every = 550
 sheet_clips = 6
