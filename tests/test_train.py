@@ -288,7 +288,7 @@ def test_loss_scale():
 
 def test_run_writes_what_it_should(finished):
     folder, out = finished
-    assert out.startswith("float32 on cpu\nstep 1/20  loss 0.") and "0:00:00 left" in out
+    assert out.startswith("float32 on cpu\nrank 0 encoded ") and "\nstep 1/20  loss 0." in out and "0:00:00 left" in out
     assert [line for line in metrics(folder, "step")] == list(range(1, 21))
     losses = metrics(folder, "loss")
     assert losses[-1] < losses[0]
