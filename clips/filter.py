@@ -41,16 +41,15 @@ def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int,
     """
     ranks, items, stem = ranks or Ranks(timeout=600), Items("video", path, captions), os.path.abspath(path)
     by = f"{model}, {pretrained}, {count} frames, list of {len(items)}"  # scores by anything else do not count
-    known = read_notes(f"{stem}.scores", by)
+    known, out, clip = read_notes(f"{stem}.scores", by), f"{stem}.scores-{ranks.rank}.jsonl", None
     if len(known) < len(items):
-        out = f"{stem}.scores-{ranks.rank}.jsonl"
         check_writable(out)
         clip = ClipScore(model, pretrained, ranks.device)
-        ranks.from_rank_0("begun", lambda: None)
+    ranks.from_rank_0("begun", lambda: None)
+    if clip:
         left = taken(ranks, "clips", len(items), known)
         shown = tqdm(left, "score", len(items) - len(known), unit="clip", disable=ranks.rank > 0)
         score_items(items, shown, clip, count, by, out)
-    ranks.from_rank_0("begun", lambda: None)
     ranks.together("scored")
     if ranks.rank == 0:
         write_filtered(items, stem, read_notes(f"{stem}.scores", by), keep, count)
