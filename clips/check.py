@@ -39,7 +39,12 @@ def check(source: str, path: str, spec: Spec, ranks=None):
     mine = f"{notes}-{ranks.rank}.jsonl"
     for name in (out, mine):
         check_writable(name)
-    known = {i: line for i, line in read_notes(notes, by).items() if i < len(items) and line["made"] == made(items, i)}
+
+    def counts(line: dict) -> bool:
+        i = line["item"]
+        return line["by"] == by and i < len(items) and line["made"] == made(items, i)
+
+    known = read_notes(notes, counts)
     ranks.from_rank_0("begun", lambda: None)
 
     def look(i: int) -> dict:
@@ -52,8 +57,8 @@ def check(source: str, path: str, spec: Spec, ranks=None):
             file.flush()
     ranks.together("checked")
     if ranks.rank == 0:
-        known |= read_notes(notes, by)
-        report(items, out, [known[i]["found"] for i in range(len(items))])
+        known = read_notes(notes, counts)  # without any that has changed meanwhile
+        report(items, out, [(known.get(i) or look(i))["found"] for i in range(len(items))])
         for name in glob.glob(glob.escape(notes) + "-*.jsonl"):
             os.remove(name)
 

@@ -312,7 +312,8 @@ def main(ranks: Ranks):
 
 
 def planned(o: Options) -> dict | None:
-    """What is to be encoded, and how; None where that is done. Raises ValueError or OSError where it cannot be."""
+    """Read from the options what to encode, and how; None where that is done. Raises ValueError or OSError where it
+    cannot be."""
     lists = {source: getattr(o, source) for source in SOURCES if getattr(o, source)}
     out = os.path.realpath(o.out)  # a link may lead to a larger disk
     between = os.path.join(out + ".part", FORMER)

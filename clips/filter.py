@@ -40,8 +40,13 @@ def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int,
     ranks  every one of them takes the next clips that are left; rank 0 writes the list
     """
     ranks, items, stem = ranks or Ranks(timeout=600), Items("video", path, captions), os.path.abspath(path)
-    by = f"{model}, {pretrained}, {count} frames, list of {len(items)}"  # scores by anything else do not count
-    known, out, clip = read_notes(f"{stem}.scores", by), f"{stem}.scores-{ranks.rank}.jsonl", None
+    by = f"{model}, {pretrained}, {count} frames, list of {len(items)}"
+    out, clip = f"{stem}.scores-{ranks.rank}.jsonl", None
+
+    def known_scores():
+        return read_notes(f"{stem}.scores", lambda line: line["by"] == by)  # those by anything else do not count
+
+    known = known_scores()
     if len(known) < len(items):
         check_writable(out)
         clip = ClipScore(model, pretrained, ranks.device)
@@ -52,7 +57,7 @@ def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int,
         score_items(items, shown, clip, count, by, out)
     ranks.together("scored")
     if ranks.rank == 0:
-        write_filtered(items, stem, read_notes(f"{stem}.scores", by), keep, count)
+        write_filtered(items, stem, known_scores(), keep, count)
 
 
 class ClipScore:

@@ -121,14 +121,13 @@ def taken(ranks, name: str, count: int, known):
         yield from (i for i in chunk if i not in known)
 
 
-def read_notes(stem: str, by: str) -> dict[int, dict]:
-    """item -> its line, of what all ranks have `appended` to STEM-*.jsonl. What was noted by other settings does not
-    count."""
+def read_notes(stem: str, counts) -> dict[int, dict]:
+    """item -> its line, of those in STEM-*.jsonl, the files of all ranks, that count: counts(line)."""
     found = {}
     for path in sorted(glob.glob(glob.escape(stem) + "-*.jsonl")):
         with open(path, encoding="utf-8") as file:
             lines = (json.loads(line) for line in file if line.endswith("\n"))  # an interruption may have torn the last
-            found |= {line["item"]: line for line in lines if line["by"] == by}
+            found |= {line["item"]: line for line in filter(counts, lines)}
     return found
 
 

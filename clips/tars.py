@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from cli import ROOT, warn
 from clips.decode import IMAGE_ENDINGS, VIDEO_ENDINGS, Bad, Member
-from clips.jobs import in_threads
+from clips.jobs import in_threads, own_threads
 
 ENDINGS = {"video": VIDEO_ENDINGS, "caption": IMAGE_ENDINGS, "label": IMAGE_ENDINGS}
 # names of hidden files, of locks and of backups, and of what Macs, Windows and network drives keep beside pictures
@@ -182,7 +182,7 @@ def read_head(source: str, tar: str) -> Head | None:
 
 def index_beside(source: str, tars: list[str]):
     """Make the indexes of many tars by processes: threads would take turns. What fails here is left to be done."""
-    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this machine's processes
+    cores = own_threads()
     size = min(AT_ONCE, -(-len(tars) // cores))
     parts = [list(map(os.path.abspath, tars[at : at + size])) for at in range(0, len(tars), size)]
 

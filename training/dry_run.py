@@ -191,7 +191,7 @@ def announce(parts):
         cfg = replace(with_layout(cfg), dtype=str(pick_dtype(cfg.dtype, device)).removeprefix("torch."))
         around = seconds_of_clips(cfg) + seconds_of_sheets(cfg, example, device)
         parts_left = timed_stages(cfg, example, shape_of(cfg), device, steps_done(cfg.out_dir))
-        steps, seconds = (sum(numbers) for numbers in zip((0, 0), *((n, n * each) for n, each in parts_left)))
+        steps, seconds = sum(n for n, _ in parts_left), sum(n * each for n, each in parts_left)
         what = "VAE" if cfg.train == "vae" else "UNet and text tower" if cfg.train_text else "UNet"
         print(f"part {n} of {len(parts)}: the {what}, {steps:,} steps of {seconds / max(1, steps):.2f} s and "
               f"{around:.0f} s for clips and sheets, {(seconds + around) / 60:.0f} min; {cfg.out_dir}", flush=True)

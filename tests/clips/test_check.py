@@ -44,8 +44,13 @@ def test_two_ranks_find_what_one_does_and_a_killed_one_goes_on(processes, tmp_pa
     noted = (tmp_path / f"{tmp_path.name}.checked-0.jsonl").read_text().count("\n")
     assert 0 < noted < 40
     (tmp_path / name).unlink()
+    shutil.move(tmp_path / f"{tmp_path.name}.checked-0.jsonl", tmp_path / f"{tmp_path.name}.checked-9.jsonl")
+    write_clip(tmp_path / "00.mp4", range(0, 700, 20))  # another than was noted, longer than any
+    assert processes.run(words, target=command) == [0]
+    changed = (tmp_path / name).read_text()
+    (tmp_path / name).unlink()
     assert processes.run(words, ranks=2, target=command) == [0, 0], processes.log.read_text()
-    assert (tmp_path / name).read_text() == found and not list(tmp_path.glob("*.checked-*"))
+    assert (tmp_path / name).read_text() == changed != found and not list(tmp_path.glob("*.checked-*"))
 
 
 def test_check_of_images(world, tmp_path, run):
