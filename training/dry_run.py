@@ -195,6 +195,8 @@ def announce(parts):
         what = "VAE" if cfg.train == "vae" else "UNet and text tower" if cfg.train_text else "UNet"
         print(f"part {n} of {len(parts)}: the {what}, {steps:,} steps of {seconds / max(1, steps):.2f} s and "
               f"{around:.0f} s for clips and sheets, {(seconds + around) / 60:.0f} min; {cfg.out_dir}", flush=True)
+        if cfg.toy and not os.path.exists(cfg.toy):
+            print(f"  and what it takes to render {cfg.toy}, and to read it", flush=True)
         whole += seconds + around
     print(f"in all {whole / 60:.0f} min", flush=True)
     if knew:
@@ -207,6 +209,8 @@ def seconds_of_clips(cfg: Config) -> float:
     if cfg.encoded and os.path.exists(cfg.encoded):
         return seconds
     for source, path in data_lists(cfg, render=False).items():
+        if not is_there(path):  # a world that is still to be rendered
+            continue
         items, began = Items(source, path, cfg.captions), time.perf_counter()
         found = [sample for _, _, sample in all_samples(items, 0, spec) if not isinstance(sample, Bad)]
         if cfg.train == "unet":
