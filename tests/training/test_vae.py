@@ -81,6 +81,8 @@ def test_a_run_in_two_parts(world, run, tmp_path):
     (tmp_path / "vae.py").write_text('train = "vae"\nmodel = "micro"\nmax_steps = 2\nbatch_size = 2\nframe_pool = 16')
     options = [*ci_options(tmp_path / "world", tmp_path), f"--vae={tmp_path}/vae.py", "--max_steps=2", "--prompts=()",
                "--sheet_clips=2", "--mix={'video': 1}"]
+    done = train_here(*options, f"--toy={tmp_path}/unseen", "--dry_run")  # where the world is still to be rendered
+    assert done.returncode == 0 and done.stdout.count(f"and what it takes to render {tmp_path}/unseen") == 2
     done = train_here(*options)
     assert done.returncode == 0, done.stderr
     for part in ("part 1 of 2: the VAE, 2 steps of ", "part 2 of 2: the UNet and text tower, 2 steps of ", "in all "):
