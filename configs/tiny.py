@@ -37,11 +37,11 @@ guidance = 1.5
 eta = 1.0
 
 # what words and frames mean is a small part of a gradient that is mostly noise: many small steps find it sooner
-max_steps = 18_000
+max_steps = 13_500
 batch_size = 4
 lr = 6e-4
 warmup = 100
-cooldown = 12_000
+cooldown = 7500
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01
