@@ -13,6 +13,7 @@ import random
 import re
 import shlex
 import sys
+import tarfile
 from contextlib import suppress
 from fractions import Fraction
 from html.parser import HTMLParser
@@ -31,6 +32,7 @@ from mutations import (
     bend_png,
     bend_safetensors,
     bend_source,
+    bend_tar,
     bend_zip,
     dumped,
 )
@@ -43,9 +45,9 @@ import sd
 import train
 from clips import check as checking
 from clips import encode as encoding
-from clips.decode import Bad
+from clips.decode import Bad, open_file
 from clips.gallery import figure
-from clips.lists import Items
+from clips.lists import Items, images_of
 from clips.pictures import View, fit_image
 from clips.samples import LiveClips, Spec
 from clips.write import write_video
@@ -284,6 +286,70 @@ def parsed(line: str):
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tars
+
+TEXTS = {"video": ".txt", "caption": ".json", "label": ".cls"}
+
+
+def tars(rng, folder, world):
+    source, members = rng.choice(tuple(TEXTS)), []
+    seed = "a.mp4" if source == "video" else "RGB.png"
+    for n in range(rng.randrange(1, 5)):
+        stem = rng.choice((f"{n:05d}", f"{n:05d}", f"part/{n:05d}", "é" * 60 + str(n), "x" * 120 + str(n)))
+        caption = rng.choice(CAPTIONS[:-2])
+        text = {"video": caption, "caption": json.dumps({"caption": caption}), "label": f"n{n % 2}"}[source]
+        members += [(stem + os.path.splitext(seed)[1], world.data[seed]), (stem + TEXTS[source], text.encode())]
+    odd, out = rng.random() < 0.4, io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        if odd:  # a member that is no plain file, or is one under a name that leads outside
+            info = tarfile.TarInfo(rng.choice((*world.lures, "00000.mp4", "00001.txt")))
+            info.type = rng.choice((b"0", b"1", b"2", b"3", b"6"))
+            info.linkname = rng.choice(world.lures)
+            tar.addfile(info)
+    data = out.getvalue() if odd or rng.random() < 0.2 else bend_tar(out.getvalue(), rng, world.lures)
+    path = write(os.path.join(folder, "a.tar"), data)
+    whole = [] if odd or data != out.getvalue() else [world.data[seed]] * (len(members) // 2)
+    if rng.random() < 0.2:  # an index that another one left there
+        whole = []
+        with suppress(ValueError):
+            read_all(source, path)
+        for index in glob.glob(glob.escape(path) + ".*.index"):
+            with open(index, "rb") as file:
+                bent = bend(file.read(), rng, world.lures)
+            write(index, bent)
+    elif rng.random() < 0.1:
+        return checked(path, "--frames=4", "--source", source)
+    return Case(lambda: read_tar(source, path), lambda items: check_tar(items, data, whole))
+
+
+def read_tar(source: str, path: str) -> list:
+    """(captions, a file's first bytes) of each file of each item, or the reason why it cannot be used."""
+    items, found = Items(source, path), []
+    for i in range(len(items)):
+        try:
+            item = items[i]
+            for one in images_of(item.path) if source == "label" else [item.path]:
+                with open_file(one) as file:
+                    found.append((item.captions, file.read(1 << 20)))
+        except (Bad, OSError) as bad:
+            found.append(str(bad))
+    return found
+
+
+def check_tar(items: list, data: bytes, whole: list[bytes]):
+    """Every file that was read stands in the tar as it is; of a tar that nobody bent all were read."""
+    for item in items:
+        expect(isinstance(item, tuple) or item and "\n" not in item, f"a reason of two lines, or none: {item!r}"[:200])
+        expect(not isinstance(item, tuple) or item[1] in data, f"{item[0]} has bytes that the tar has not"[:200])
+    read = [item[1] for item in items if isinstance(item, tuple)]
+    expect(not whole or read == whole, f"{len(read)} of {len(whole)} files were read, or not as they are")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,6 +593,6 @@ def command_lines(rng, folder, world):
     return started(main, script, *argv, asked=True)
 
 
-DOORS = {"lists": lists, "images": images, "clips": clips, "animated": animated, "gallery": gallery,
+DOORS = {"lists": lists, "tars": tars, "images": images, "clips": clips, "animated": animated, "gallery": gallery,
          "safetensors": safetensors, "ckpt": ckpt, "config.json": config_json, "configs": configs,
          "command lines": command_lines, "given": given}

@@ -18,6 +18,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import cli
+from clips.tars import CACHE
 
 MEMORY = 2 << 30  # bytes that an input may take beyond what was there before
 SECONDS = 30  # that it may take
@@ -25,7 +26,8 @@ PROGRESS = re.compile(r"\d+%\||it/s|s/it|\?step|^\w+ on (cpu|cuda)")  # lines of
 STARTS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "subprocess.Popen", "os.system", "os.exec",
           "os.posix_spawn", "os.fork", "os.startfile", "pty.spawn")
 READABLE = tuple({os.path.realpath(p) + os.sep for p in (
-    cli.ROOT, sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys", "/etc/ssl", "/etc/fonts", *sys.path) if p})
+    cli.ROOT, sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys", "/etc/ssl", "/etc/fonts",
+    os.path.expanduser(CACHE), *sys.path) if p})
 TEMPORARY = os.path.join(os.path.realpath(tempfile.gettempdir()), "tmp")  # how the names of temporary files begin
 
 

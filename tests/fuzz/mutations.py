@@ -138,6 +138,30 @@ def bend_zip(data: bytes, rng: random.Random, lures=()) -> bytes:
     return out.getvalue()
 
 
+TAR_FIELDS = ((0, 100), (100, 8), (124, 12), (124, 12), (148, 8), (156, 1), (156, 1), (157, 100), (257, 8), (345, 155))
+
+
+def bend_tar(data: bytes, rng: random.Random, lures=()) -> bytes:
+    """A tar in which a header says something else, mostly with a right checksum, or blocks are gone or stand twice."""
+    out = bytearray(data)
+    heads = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"]
+    at, (start, size), kind = rng.choice(heads), rng.choice(TAR_FIELDS), rng.randrange(8)
+    if kind == 0:
+        return bend(data, rng, lures)
+    if kind == 1:
+        end = at + 512 * rng.randrange(1, 4)
+        out[at:end] = rng.choice((b"", out[at:end] * 2, b"\0" * (end - at)))
+        return bytes(out)
+    number = rng.choice(NUMBERS)
+    numbers = b"%o" % abs(number), b"\x80" + abs(number).to_bytes(11, "big"), b"\xff" * size
+    value = rng.choice((*map(str.encode, lures), *numbers, b"\0", b"%c" % rng.choice(b"01234567gxLKSDMV\0")))
+    out[at + start : at + start + size] = value[:size].ljust(size, b"\0")
+    if start != 148 and rng.random() < 0.9:
+        total = sum(out[at : at + 512]) - sum(out[at + 148 : at + 156]) + 8 * 32
+        out[at + 148 : at + 156] = b"%06o\0 " % total
+    return bytes(out)
+
+
 def bend_png(data: bytes, rng: random.Random, lures=()) -> bytes:
     """A PNG with right checksums, and chunks that are changed, gone, doubled or exchanged."""
     chunks, at = [], 8

@@ -26,7 +26,7 @@ from judge import MEMORY, SECONDS, Outcome, described, judge  # noqa: E402
 import cli  # noqa: E402
 from cli import option  # noqa: E402
 
-NAMES = ("lists", "images", "clips", "animated", "gallery", "safetensors", "ckpt", "config.json", "configs",
+NAMES = ("lists", "tars", "images", "clips", "animated", "gallery", "safetensors", "ckpt", "config.json", "configs",
          "command lines", "given")
 
 
