@@ -79,7 +79,7 @@ WAYS = (
 )
 
 
-NARROW = {"channels": 48, "channel_mult": (1, 2, 3), "head_width": 48}
+NARROW = {"channels": 48, "head_width": 48}
 
 
 class GatedUNet(UNet):
