@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -75,18 +76,31 @@ class Kept:
     """The frames of a video that comes in parts (1, n, H, W, 3), until Ctrl-C: what is finished is worth a file."""
 
     def __init__(self, parts):
-        self.parts, self.count, self.stopped = parts, 0, False
+        self.parts, self.count, self.stopped, self.writing = parts, 0, False, False
 
     def __iter__(self):
+        before = signal.signal(signal.SIGINT, self.interrupt)
         try:
             for part in self.parts:
                 for frame in part[0]:
+                    self.writing = True
                     yield frame
+                    self.writing = False
                     self.count += 1
+                    if self.stopped:
+                        return
         except KeyboardInterrupt:
             if not self.count:
                 raise
             self.stopped = True
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def interrupt(self, *_):
+        """Ctrl-C: end what makes the frames at once, but let whoever writes one come to its end."""
+        if not self.writing:
+            raise KeyboardInterrupt
+        self.stopped = True
 
     def tell(self, path: str):
         """Raise the KeyboardInterrupt that there was, now that the file is written."""

@@ -280,7 +280,7 @@ def working(page, server):
 def test_stop_stops_the_work(page, server):
     with working(page, server):
         page.press("stop")
-    until(lambda: page.all("#said")[0].text == "Stopped.", "it says so")
+        until(lambda: page.all("#said")[0].text == "Stopped.", "it says so")  # a busy browser takes its time
 
 
 def test_a_closed_tab_stops_its_work(chromium, server):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import av
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from clips.decode import frames_at, opened
 from clips.pictures import View, fit_frame
-from clips.write import claim_paths, contact_sheet, playback_fps, read_metadata, write_video
+from clips.write import Kept, claim_paths, contact_sheet, playback_fps, read_metadata, write_video
 
 
 @pytest.mark.parametrize("fps", [0.5, 4, 8, 29.97, 60, 120])
@@ -174,3 +175,37 @@ def test_folders_are_left_behind_only_with_something_in_them(tmp_path):
     with claim_paths(f"{tmp_path}/new/newer", [("a cat", 3)], False) as (path,):
         open(path, "w").close()
     assert os.listdir(tmp_path / "new" / "newer") == ["a-cat-seed3.mp4"]
+
+
+@pytest.mark.parametrize("while_written", (True, False))
+def test_ctrl_c_keeps_the_frames_that_are_finished(tmp_path, while_written):
+    """Be it while a frame is made, or while one is written."""
+    def parts():
+        for n in range(9):
+            if n == 3 and not while_written:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield np.full((1, 2, 16, 16, 3), n, np.uint8)
+
+    def written(frames):
+        for n, frame in enumerate(frames):
+            yield frame
+            if n == 5 and while_written:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before, kept = signal.getsignal(signal.SIGINT), Kept(parts())
+    write_video(str(tmp_path / "a.mp4"), written(kept), 8, {})
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert sum(1 for _ in file.decode(video=0)) == kept.count == 6
+    with pytest.raises(KeyboardInterrupt):
+        kept.tell("a.mp4")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_before_the_first_frame_leaves_no_file(tmp_path):
+    def parts():
+        os.kill(os.getpid(), signal.SIGINT)
+        yield np.zeros((1, 2, 16, 16, 3), np.uint8)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_video(str(tmp_path / "a.mp4"), Kept(parts()), 8, {})
+    assert os.listdir(tmp_path) == []
