@@ -37,6 +37,7 @@ from training.config import Config, Stage, in_parts, read_config, stages
 from training.dry_run import announce, dry_run
 from training.log import Log, commit, stamped
 from training.low_rank import save_lora
+from training.muon import parameter_groups
 from training.offload import OffloadAdamW
 from training.ranks import Interrupt, Ranks
 from training.setup import check_inputs, loss_of, make_model, make_ready, open_clips
@@ -308,8 +309,7 @@ def make_trainable(cfg: Config, ranks: Ranks, task):
     ddp = module
     if ranks.world > 1:  # buckets that are the gradients, not a second copy of them
         ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    group = {"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
-    optimizer = OffloadAdamW([group], cfg.ema, ranks.rank, ranks.world, ranks.gloo)
+    optimizer = OffloadAdamW(parameter_groups(module, cfg), cfg.ema, ranks.rank, ranks.world, ranks.gloo)
     optimizer.attach(ddp)
     return module, ddp, optimizer
 

@@ -26,6 +26,7 @@ from sd.presets import ModelConfig
 from sd.vae import encode_frames
 from training.config import Config, read_config
 from training.low_rank import add_low_rank
+from training.muon import parameter_groups
 from training.setup import architecture, loss_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,6 +150,7 @@ def device_memory(cfg: Config, example, shape: ModelConfig, device="cpu") -> dic
         everything = [*module.parameters(), *(vae.parameters() if vae else ())]
         trained = [p for p in everything if p.requires_grad]
         frozen = [p for p in everything if not p.requires_grad]
+        moments = sum(size_of(group["params"]) * (2 - group["muon"]) for group in parameter_groups(module, cfg))
         for p in trained:
             p.grad = torch.zeros_like(p)  # under DDP they are there from the beginning
 
@@ -164,10 +166,10 @@ def device_memory(cfg: Config, example, shape: ModelConfig, device="cpu") -> dic
             frames = torch.zeros(cfg.frames, 3, cfg.height, cfg.width, dtype=torch.uint8)
             activations = max(activations, account.during(lambda: encode_frames(vae, frames)))
     return {"parameters": sum(p.numel() for p in trained), "weights": size_of(trained), "frozen": size_of(frozen),
-            "gradients": size_of(trained), "activations": activations, "flop": flop}
+            "moments": moments, "gradients": size_of(trained), "activations": activations, "flop": flop}
 
 
-def host_memory(cfg: Config, weights: int, gpu: bool, world: int) -> dict[str, int]:
+def host_memory(cfg: Config, weights: int, moments: int, gpu: bool, world: int) -> dict[str, int]:
     """Bytes in host memory that training/offload.py takes, by kind, of all processes together.
 
     "showing" and "saving" come on top on rank 0, one after the other.
@@ -176,8 +178,8 @@ def host_memory(cfg: Config, weights: int, gpu: bool, world: int) -> dict[str, i
     average = weights if cfg.ema else 0
     gathered = average if world > 1 else 0  # the moving average of all ranks
     at_home = gpu and (cfg.ema or world == 1)  # what is saved is in host memory, laid out as the file wants it
-    return {"masters": pinned, "gradients": pinned, "moments": 2 * weights, "moving average": average,
-            "showing": gathered + (0 if at_home else weights), "saving": 2 * weights + average if world > 1 else 0}
+    return {"masters": pinned, "gradients": pinned, "moments": moments, "moving average": average,
+            "showing": gathered + (0 if at_home else weights), "saving": moments + average if world > 1 else 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ class Config:
     max_steps: int = option(15_000, "in total, resumed or not", low=1, high=10**9)
     batch_size: int = option(6, "per process; times accumulate times processes is what one step sees", low=1)
     accumulate: int = option(1, "micro-batches per step", low=1, high=10**5)
+    optimizer: str = option("adamw", "adamw for all, or muon for the weights of layers, see training/muon.py",
+                            choices=("adamw", "muon"))
     lr: float = option(1e-4, "learning rate (5.1)", low=0)
     warmup: int = option(0, "steps of linear warm-up", low=0)
     cooldown: int = option(0, "last steps, linearly down to 0", low=0)

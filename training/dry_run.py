@@ -23,6 +23,7 @@ from sd.vae import encode_frames
 from training.account import device_memory, host_memory, setting, shape_of, with_layout
 from training.checkpoints import steps_done
 from training.config import Config, stages
+from training.muon import parameter_groups
 from training.offload import OffloadAdamW
 from training.setup import data_lists, loss_of, sample_spec
 
@@ -45,7 +46,7 @@ def dry_run(cfg: Config, example):
     need = device_memory(cfg, example, shape, device.type)
     kinds = ("weights", "frozen", "gradients", "activations")
     on_device = sum(need[kind] for kind in kinds)
-    host = host_memory(cfg, need["weights"], gpu, world)
+    host = host_memory(cfg, need["weights"], need["moments"], gpu, world)
     at_times = {name: host.pop(name) for name in ("showing", "saving")}
     on_host = sum(host.values())
 
@@ -157,7 +158,7 @@ def seconds_a_step(cfg: Config, example, shape: ModelConfig, device) -> float:
         module, batch, _ = setting(cfg, example, shape)
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
-    optimizer = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr, "betas": cfg.betas}], cfg.ema)
+    optimizer = OffloadAdamW(parameter_groups(module, cfg), cfg.ema)
     optimizer.attach(module)
     seconds = []
     while len(seconds) < 4 and sum(seconds) < 60:

@@ -4,7 +4,8 @@ The device holds weights, gradients and activations. Each rank holds its share o
 moving average in host memory. A step:
 
     backward    each reduced gradient bucket leaves for the host while the rest is still computed: `receive`
-    step        norm over all shards, clip, unscale; torch's fused AdamW on the shard; moving average; weights back
+    step        norm over all shards, clip, unscale; torch's fused AdamW on the shard, or Muon; moving average; weights
+                back
     gather      every rank broadcasts the weights it has updated
 
 Where the device is the CPU the masters are the parameters, gradients are read where they lie, and nothing is copied.
@@ -17,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from training.muon import muon_step
+
 ALIGN = 16  # numbers: pieces start where the fused kernel starts a vector, so that sharding changes no rounding
 CHUNK = 1 << 24  # numbers a broadcast
+MOMENTS = "exp_avg", "exp_avg_sq"  # AdamW's names; Muon has the first
 
 
 class Piece:
@@ -38,7 +42,7 @@ class Piece:
 
 
 def shard(groups, world: int) -> list[Piece]:
-    """All numbers of all parameters, cut into `world` equal ranges."""
+    """All numbers of all parameters, cut into `world` equal ranges; a matrix of Muon's stays whole."""
     total = sum(p.numel() for group in groups for p in group["params"])
     ends, pieces, at = [total * (r + 1) // world for r in range(world)], [], 0
     for g, group in enumerate(groups):
@@ -47,6 +51,7 @@ def shard(groups, world: int) -> list[Piece]:
             for owner, end in enumerate(ends):
                 last = min(n, max(0, -(-(end - at) // ALIGN) * ALIGN))
                 if last > first:
+                    last = n if group.get("muon") else last
                     pieces.append(Piece(p, g, first, last, owner))
                     first = last
             at += n
@@ -54,7 +59,8 @@ def shard(groups, world: int) -> list[Piece]:
 
 
 class OffloadAdamW:
-    """AdamW over parameter groups, as torch.optim.AdamW takes them; weight decay is decoupled.
+    """AdamW over parameter groups, as torch.optim.AdamW takes them; weight decay is decoupled. A group that says
+    "muon": True is of matrices, and trained with that.
 
     ema   decay of a moving average of the weights, 0 for none; it warms up as (1 + n) / (10 + n)
     gloo  a process group for what lies on the CPU; None is the default group
@@ -73,14 +79,21 @@ class OffloadAdamW:
             self.grads, self.arrived = self.pinned(), set()
             self.stream = torch.cuda.Stream(self.params[0].device)
         self.averages = [master.clone() for master in self.masters] if ema else []
+        self.muon = {g for g, group in enumerate(groups) if group.get("muon")}
+        others = [(master, piece) for master, piece in zip(self.masters, self.mine) if piece.group not in self.muon]
         self.inner = torch.optim.AdamW(
-            [group | {"params": [m for m, piece in zip(self.masters, self.mine) if piece.group == g]}
+            [group | {"params": [master for master, piece in others if piece.group == g]}
              for g, group in enumerate(groups)], fused=True)
+        self.inner.state |= {master: {"exp_avg": torch.zeros_like(master)} for master, _ in self.matrices()}
         self.last_micro_batch = True  # the loop says so: gradients leave once they are whole
 
     @property
     def param_groups(self):
         return self.inner.param_groups
+
+    def matrices(self):
+        """(master, piece) of all that this rank trains with Muon; AdamW leaves their state alone."""
+        return [(master, piece) for master, piece in zip(self.masters, self.mine) if piece.group in self.muon]
 
     def pinned(self) -> list[torch.Tensor]:
         """Memory for this rank's pieces, in one block: torch rounds every block up to a power of two."""
@@ -122,7 +135,7 @@ class OffloadAdamW:
         """
         for master, grad in zip(self.masters, self.whole_gradients()):
             master.grad = grad
-        norms = torch._foreach_norm([master.grad for master in self.masters])
+        norms = torch._foreach_norm([master.grad for master in self.masters]) if self.masters else []
         square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(square, group=self.gloo)
@@ -134,6 +147,10 @@ class OffloadAdamW:
             self.inner.grad_scale = torch.tensor(divisor) if divisor != 1 else None
             self.inner.found_inf = torch.zeros(()) if divisor != 1 else None
             self.inner.step()
+            for master, piece in self.matrices():
+                group, momentum = self.param_groups[piece.group], self.inner.state[master]["exp_avg"]
+                muon_step(master, master.grad / divisor, momentum, len(piece.param), group["lr"], group["weight_decay"],
+                          piece.param.device)
             self.update_average()
             self.gather()
         return norm
@@ -197,38 +214,51 @@ class OffloadAdamW:
     # -----------------------------------------------------------------------------------------------------------------
     # State, whole: it does not depend on how many ranks there are
 
-    def whole(self, shards: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Gather on rank 0, in host memory, what every rank holds a shard of -> one tensor a parameter; elsewhere None.
+    def whole(self, shards: list[torch.Tensor], without=()) -> list[torch.Tensor | None] | None:
+        """Gather on rank 0, in host memory, what every rank holds a shard of -> one tensor a parameter, None for those
+        of the groups that are `without`; elsewhere None.
 
         Every rank must call it. With one rank these are views.
         """
+        held = {id(piece): numbers for piece, numbers in zip(self.mine, shards) if piece.group not in without}
         if self.rank:
-            for numbers in shards:
+            for numbers in held.values():
                 dist.send(numbers.contiguous(), 0, group=self.gloo)
             return None
+        pieces, full = [piece for piece in self.pieces if piece.group not in without], {}
         if self.world == 1:
-            return [numbers.as_strided(p.shape, p.stride()) for p, numbers in zip(self.params, shards)]
-        full = {p: torch.empty_like(p, device="cpu") for p in self.params}
-        held = dict(zip(map(id, self.mine), shards))
-        for piece in self.pieces:
+            for piece in pieces:
+                full[piece.param] = held[id(piece)].as_strided(piece.param.shape, piece.param.stride())
+            return [full.get(p) for p in self.params]
+        full = {piece.param: torch.empty_like(piece.param, device="cpu") for piece in pieces}
+        for piece in pieces:
             place = piece.of(full[piece.param])
             if piece.owner:
                 dist.recv(place, piece.owner, group=self.gloo)
             else:
                 place.copy_(held[id(piece)])
-        return [full[p] for p in self.params]
+        return [full.get(p) for p in self.params]
 
     def state_dict(self) -> dict:
-        """Moments and moving average, whole on rank 0, without the tensors elsewhere. Every rank must call it."""
-        state = [self.inner.state.get(master, {}) for master in self.masters]
-        parts = {name: self.whole([s[name] if s else torch.zeros_like(m) for s, m in zip(state, self.masters)])
-                 for name in ("exp_avg", "exp_avg_sq")}
+        """Moments and moving average, whole on rank 0, without the tensors elsewhere. Every rank must call it.
+
+        Muon's momentum is among AdamW's first moments; of second ones it has none.
+        """
+        state = [self.inner.state.get(m) or dict.fromkeys(MOMENTS, torch.zeros_like(m)) for m in self.masters]
+        parts = {name: self.whole([s.get(name) for s in state], without)
+                 for name, without in zip(MOMENTS, ((), self.muon))}
         if self.decay:
             parts["average"] = self.whole(self.averages)
         return parts | {"steps": self.steps}
 
     def load_state_dict(self, state: dict):
-        """Take this rank's share of a whole state. The parameters must have been loaded before."""
+        """Take this rank's share of a whole state. The parameters must have been loaded before.
+
+        Raises RuntimeError when other parameters were trained with Muon.
+        """
+        matrices = {piece.param for piece in self.pieces if piece.group in self.muon}
+        if [moment is None for moment in state["exp_avg_sq"]] != [p in matrices for p in self.params]:
+            raise RuntimeError("its matrices had another optimizer")
         self.steps = state["steps"]
         where = {p: i for i, p in enumerate(self.params)}
 
@@ -241,7 +271,7 @@ class OffloadAdamW:
             if self.decay:
                 self.averages[n].copy_(share("average", piece))
             if self.steps:
-                moments = {name: share(name, piece).clone() for name in ("exp_avg", "exp_avg_sq")}
+                moments = {name: share(name, piece).clone() for name in MOMENTS[: 1 if piece.group in self.muon else 2]}
                 self.inner.state[master] = {"step": torch.tensor(float(self.steps))} | moments
 
 

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import train
 from layers.cpu import AttentionByParts
+from runs import ROOT
 from training.account import Options, Uncounted, costs, count_flop, device_memory, host_memory, plan, setting, shape_of
 from training.config import Config, read_config
 from training.setup import loss_of
@@ -141,7 +141,7 @@ def test_memory_of_the_host_is_that_of_the_shards():
     for world, gpu, ema, showing, saving in (
             (1, True, 0.0, 0, 0), (1, True, 0.9, 0, 0), (8, True, 0.0, 100, 200), (8, True, 0.9, 100, 300),
             (1, False, 0.9, 100, 0), (2, False, 0.9, 200, 300)):
-        assert host_memory(Config(ema=ema), 100 * mega, gpu, world) == {
+        assert host_memory(Config(ema=ema), 100 * mega, 200 * mega, gpu, world) == {
             "masters": pinned[world] if gpu else 0, "gradients": pinned[world] if gpu else 0, "moments": 200 * mega,
             "moving average": 100 * mega * bool(ema), "showing": showing * mega, "saving": saving * mega}
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from runs import ROOT, ci_options, train_here
 from safetensors.torch import load_file
 
 from clips.lists import Items
+from runs import ROOT, ci_options, train_here
 from training import account, dry_run
 from training.config import read_config
 from training.setup import data_lists, make_model
@@ -35,8 +35,8 @@ def test_it_says_what_a_run_needs(world, finished, tmp_path):
 @pytest.fixture
 def untimed(monkeypatch):
     """The counts of some network, and no step taken."""
-    need = {"parameters": 10**6, "weights": 4 * 10**6, "frozen": 0, "gradients": 4 * 10**6, "activations": 10**6,
-            "flop": 10**9}
+    need = {"parameters": 10**6, "weights": 4 * 10**6, "frozen": 0, "moments": 8 * 10**6, "gradients": 4 * 10**6,
+            "activations": 10**6, "flop": 10**9}
     monkeypatch.setattr(dry_run, "device_memory", lambda *_: need)
     monkeypatch.setattr(dry_run, "seconds_a_step", lambda *_: 1.0)
     return need

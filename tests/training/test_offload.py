@@ -9,19 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from runs import assert_equal_states, assert_same_run, ci_options, train_here
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sd
 import train
+from runs import assert_equal_states, assert_same_run, ci_options, train_here
 from training import offload
 from training.account import Account, host_memory
 from training.config import Config
+from training.muon import parameter_groups
 from training.offload import ALIGN, OffloadAdamW, replaced, shard
 from training.ranks import Ranks
 
 SHAPES = [(37, 5), (64,), (), (8, 3, 3, 3), (1001,), (16, 16, 1, 1)]
+MATRICES = [(24, 40), (32, 4, 3, 3), (48, 16)]
 GROUPS = [{"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1},
           {"lr": 3e-3, "betas": (0.8, 0.9), "weight_decay": 0.0}]
 
@@ -34,8 +36,17 @@ def parameters(dtype=torch.float32):
     return params
 
 
-def groups(params):
-    return [options | {"params": params[g::2]} for g, options in enumerate(GROUPS)]
+def matrices():
+    """Parameters for Muon, one of them laid out as convolutions are on the CPU."""
+    g = torch.Generator().manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in MATRICES]
+    params[1].data = params[1].data.to(memory_format=torch.channels_last)
+    return params
+
+
+def groups(params, matrices=()):
+    last = [{"params": matrices, "lr": 0.02, "weight_decay": 0.1, "muon": True}] if matrices else []
+    return [*(options | {"params": params[g::2]} for g, options in enumerate(GROUPS)), *last]
 
 
 def gradients(params, step):
@@ -98,18 +109,20 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 def test_every_number_has_one_owner_and_shares_are_even(world):
-    pieces = shard(groups(parameters()), world)
-    total = sum(math.prod(shape) for shape in SHAPES)
+    whole, largest = matrices(), max(math.prod(shape) for shape in MATRICES)
+    pieces = shard(groups(parameters(), whole), world)
+    total = sum(math.prod(shape) for shape in SHAPES + MATRICES)
     seen = {}
     for piece in pieces:
         assert piece.first % ALIGN == 0
+        assert len(piece) == piece.param.numel() or not any(piece.param is matrix for matrix in whole)
         seen.setdefault(id(piece.param), []).append((piece.first, piece.last))
     for ranges in seen.values():
         ranges.sort()
         assert ranges[0][0] == 0 and all(a[1] == b[0] for a, b in zip(ranges, ranges[1:]))
     assert sum(piece.last - piece.first for piece in pieces) == total
     for owner in range(world):
-        assert abs(sum(p.last - p.first for p in pieces if p.owner == owner) - total / world) <= ALIGN
+        assert abs(sum(p.last - p.first for p in pieces if p.owner == owner) - total / world) <= largest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,12 +132,13 @@ def test_every_number_has_one_owner_and_shares_are_even(world):
 def steps(folder, first, last, resume):
     """Do steps [first, last) on all ranks; rank 0 leaves weights and state, every rank the bytes that it held."""
     with Ranks(timeout=60) as ranks:
-        params, first, last = parameters(), int(first), int(last)
+        first, last, plain, muons = int(first), int(last), parameters(), matrices()
+        params = plain + muons
         saved = torch.load(f"{folder}/{resume}", weights_only=True) if resume else None
         if resume:
             for p, value in zip(params, saved["params"]):
                 p.data.copy_(value)
-        optimizer = OffloadAdamW(groups(params), 0.97, ranks.rank, ranks.world, ranks.gloo)
+        optimizer = OffloadAdamW(groups(plain, muons), 0.97, ranks.rank, ranks.world, ranks.gloo)
         if resume:
             optimizer.load_state_dict(saved["state"])
         for step in range(first, last):
@@ -140,7 +154,8 @@ def steps(folder, first, last, resume):
 
 def result(folder, world, last):
     saved = torch.load(f"{folder}/{world}-{last}", weights_only=True)
-    return [*saved["params"], *saved["state"]["exp_avg"], *saved["state"]["exp_avg_sq"], *saved["state"]["average"]]
+    seconds = [torch.zeros(()) if moment is None else moment for moment in saved["state"]["exp_avg_sq"]]
+    return [*saved["params"], *saved["state"]["exp_avg"], *seconds, *saved["state"]["average"]]
 
 
 def test_ranks_change_no_bit_and_hold_their_share(processes, tmp_path):
@@ -148,13 +163,14 @@ def test_ranks_change_no_bit_and_hold_their_share(processes, tmp_path):
     for world in (1, 2, 4):
         assert processes.run([tmp_path, 0, 10, ""], world, steps) == [0] * world, processes.log.read_text()
     reference = result(tmp_path, 1, 10)
-    assert len(reference) == 4 * len(SHAPES)
+    assert len(reference) == 4 * len(SHAPES + MATRICES)
     for world in (2, 4):
         assert all(map(torch.equal, reference, result(tmp_path, world, 10)))
-    total = 12 * sum(math.prod(shape) for shape in SHAPES)  # both moments and the average, fp32
+    plain, muons = (sum(map(math.prod, shapes)) for shapes in (SHAPES, MATRICES))
+    total = 12 * plain + 8 * muons  # both moments, or one, and the average, fp32
     for world in (1, 2, 4):
         held = [torch.load(f"{tmp_path}/held-{world}-{rank}") for rank in range(world)]
-        assert sum(held) == total and max(held) <= total / world + 12 * ALIGN
+        assert sum(held) == total and max(held) <= total / world + 12 * 1152  # a matrix is whole
 
     for world, before in ((1, 1), (2, 4), (4, 2)):
         assert processes.run([tmp_path, 10, 16, f"{before}-10"], world, steps) == [0] * world
@@ -206,16 +222,17 @@ class Net(nn.Module):
         return self.frozen(self.conv(x).mean(dim=(2, 3)) * self.scale).square().mean(dim=1)
 
 
-def trained(kind, ranks, layout, accumulate, dtype):
+def trained(kind, ranks, layout, accumulate, dtype, optimizer):
     """Everything that four steps of train.py's own loop leave, the moving average swapped in and out on the way."""
     torch.manual_seed(0)
     net = Net().to(torch.float64 if dtype == "float64" else torch.float32).to(memory_format=layout)
     ddp = net
     if ranks.world > 1:
         ddp = DistributedDataParallel(net, gradient_as_bucket_view=True, bucket_cap_mb=0.001)  # several buckets
-    optimizer = kind([{"params": list(net.parameters()), "lr": 0.01}], 0.9, ranks.rank, ranks.world, ranks.gloo)
+    cfg = Config(accumulate=accumulate, dtype=dtype, lr=0.01, betas=(0.9, 0.999), optimizer=optimizer)
+    optimizer = kind(parameter_groups(net, cfg), 0.9, ranks.rank, ranks.world, ranks.gloo)
     optimizer.attach(ddp)
-    cfg, scale = Config(accumulate=accumulate, dtype=dtype), train.LossScale(dtype == "float16")
+    scale = train.LossScale(dtype == "float16")
     g = torch.Generator().manual_seed(ranks.rank)
     task = SimpleNamespace(batch=lambda: (["video"] * 2, (torch.randn(2, 3, 8, 8, generator=g),)))
     norms, averaged = [], []
@@ -238,8 +255,8 @@ def trained(kind, ranks, layout, accumulate, dtype):
     return {"norms": norms, "averaged": averaged, "weights": net.state_dict(), "state": optimizer.state_dict()}
 
 
-CASES = [(layout, accumulate, dtype) for layout in (torch.contiguous_format, torch.channels_last)
-         for accumulate, dtype in ((1, "float64"), (2, "float64"), (2, "float16"))]
+CASES = [(layout, *case) for layout in (torch.contiguous_format, torch.channels_last)
+         for case in ((1, "float64", "adamw"), (2, "float64", "muon"), (2, "float16", "adamw"), (1, "float32", "muon"))]
 
 
 def both_branches():
@@ -306,7 +323,7 @@ def test_the_account_has_all_that_is_allocated_on_the_host(ema, no_streams):
         optimizer.step()
         exact = sum(p.nbytes for p in params)
         kept = account.now - 2 * exact  # weights and gradients are on the device
-        said = host_memory(Config(ema=ema), exact, gpu=True, world=1)
+        said = host_memory(Config(ema=ema), exact, 2 * exact, gpu=True, world=1)
         assert kept == pytest.approx(2 * exact + said["moments"] + said["moving average"], abs=1000)
         assert said["masters"] == said["gradients"] == 2**20 > exact  # rounded up to a power of two
         with optimizer.averaged(net) as in_host_memory, in_host_memory:
