@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import train
 from layers.cpu import AttentionByParts
-from runs import ROOT
 from training.account import Options, Uncounted, costs, count_flop, device_memory, host_memory, plan, setting, shape_of
 from training.config import Config, read_config
 from training.setup import loss_of

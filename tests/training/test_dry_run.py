@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+from runs import ROOT, ci_options, train_here
 from safetensors.torch import load_file
 
 from clips.lists import Items
-from runs import ROOT, ci_options, train_here
 from training import account, dry_run
 from training.config import read_config
 from training.setup import data_lists, make_model

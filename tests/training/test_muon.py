@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from runs import assert_same_run, ci_options, train_here
+
 from sd import Settings, build
 from sd.presets import MICRO, TINY
 from train import Denoising, UNetTask

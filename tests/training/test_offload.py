@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from runs import assert_equal_states, assert_same_run, ci_options, train_here
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sd
 import train
-from runs import assert_equal_states, assert_same_run, ci_options, train_here
 from training import offload
 from training.account import Account, host_memory
 from training.config import Config
