@@ -2,8 +2,8 @@
 
     u = U V^T  of  g + momentum = U S V^T,     w <- (1 - lr decay) w - lr 0.2 sqrt(max(rows, columns)) u
 
-AdamW follows what is large in the gradient of a matrix. What words mean is small in it, and here as large as the rest.
-The scale gives a matrix steps of AdamW's usual size, so that one learning rate is for both.
+AdamW follows what is large in the gradient of a matrix. What words mean is small in it, and with Muon counts as much as
+the rest. The scale gives a matrix steps of AdamW's usual size, so that one learning rate serves both.
 """
 
 import re
@@ -20,11 +20,11 @@ NARROW = 16  # rows or columns: fewer are of a layer that reads or writes latent
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """U V^T of a matrix U S V^T (rows, columns), roughly: its singular values end within 0.68..1.21, but those below
-    about 0.0015 of its norm.
+    """U V^T of a matrix U S V^T (rows, columns), roughly: its singular values end within 0.68..1.21; those that were
+    below 0.0015 of its norm end smaller.
 
-    By Newton and Schulz's iteration. It only multiplies the matrix by functions of M = X X^T, so that all but the
-    first and the last product are between small squares.
+    By Newton and Schulz's iteration. It multiplies the matrix by functions of M = X X^T, so that all products but the
+    first and the last are between small squares.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalized(matrix.mT).mT
@@ -40,7 +40,10 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def muon_step(weight, grad, momentum, rows: int, lr: float, decay: float, device=None):
-    """Update a matrix and its momentum in place; all are flat, row by row. The products are made on `device`."""
+    """Update a matrix and its momentum in place; both and the gradient are flat, row by row.
+
+    device  where the products are made; without, where the matrix is
+    """
     momentum.lerp_(grad, 1 - MOMENTUM)
     matrix = grad.lerp(momentum, MOMENTUM).view(rows, -1)
     update = orthogonalized(matrix.to(device)).to(weight.device)
