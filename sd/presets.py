@@ -23,7 +23,7 @@ SD15 = ModelConfig(
 # The model that ships: the same classes, three levels instead of four, trained from nothing on two cores.
 TINY = ModelConfig(
     UNetConfig(
-        channels=64, channel_mult=(1, 2, 3), num_res_blocks=1, attention_levels=(1, 2), context_dim=64, head_width=64,
+        channels=32, channel_mult=(1, 2, 4), num_res_blocks=1, attention_levels=(1, 2), context_dim=64, head_width=32,
         norm_groups=8,
     ),
     # one group: a norm over few channels each would take the very colour out of a flat background

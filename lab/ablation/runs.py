@@ -79,7 +79,7 @@ WAYS = (
 )
 
 
-NARROW = {"channels": 48, "head_width": 48}
+NARROW = {"channels": 24, "head_width": 24}
 
 
 class GatedUNet(UNet):
