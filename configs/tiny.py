@@ -36,11 +36,11 @@ guidance = 1.5
 eta = 1.0
 
 optimizer = "muon"  # what words mean is a small part of a gradient
-max_steps = 15_000
+max_steps = 12_000
 batch_size = 8
 lr = 1.2e-3
 warmup = 100
-cooldown = 8500
+cooldown = 5800
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01
@@ -50,7 +50,7 @@ schedule = {
     1000: {"frames": 1, "mix": {"caption": 1}, "batch_size": 16, "clip": 1.0, "given_share": 0.0,
            "timestep_shift": 1.5},
     4000: {"fps_values": (4,), "mix": {"video": 1}, "given_share": 0.0, "timestep_shift": 2.2, "timestep_width": 0.45},
-    8500: {"fps_values": (4, 8, 15), "mix": {"video": 1}, "given_share": 0.25},
+    7500: {"fps_values": (4, 8, 15), "mix": {"video": 1}, "given_share": 0.25},
 }
 
 log_every = 50
