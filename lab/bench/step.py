@@ -1,8 +1,8 @@
 """A training step of configs/tiny.py, beside diffusers' UNet in a plain loop.
 
-    python -m lab.bench step [--batch_size=8 ...]
+    python -m lab.bench step --optimizer=adamw [--batch_size=4 ...]
 
-Any option of a training config goes.
+Any option of a training config goes. The plain loop has torch's AdamW, whatever the config has.
 """
 
 import math
@@ -24,6 +24,7 @@ from sd.presets import TINY, ModelConfig
 from train import UNetTask
 from training.account import setting
 from training.config import Config, read_config
+from training.muon import parameter_groups
 from training.offload import OffloadAdamW
 from training.setup import loss_of
 
@@ -51,7 +52,7 @@ def our_step(cfg: Config, device, shape: ModelConfig):
         module, batch, _ = setting(cfg, UNetTask.example, shape)
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
-    optimizer, losses = OffloadAdamW([{"params": list(module.parameters()), "lr": cfg.lr}], cfg.ema), []
+    optimizer, losses = OffloadAdamW(parameter_groups(module, cfg), cfg.ema), []
     optimizer.attach(module)
 
     def update():
