@@ -13,7 +13,8 @@ def wilson(right: int, n: int, z=1.96) -> tuple[float, float]:
     """95% Wilson interval of a share, `right` of n. It stays inside 0..1, and does not shrink to nothing at 0 and 1."""
     p, zz = right / n, z * z
     middle, spread = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return (middle - spread) / (1 + zz / n), (middle + spread) / (1 + zz / n)
+    low, high = (middle - spread) / (1 + zz / n), (middle + spread) / (1 + zz / n)
+    return max(low, 0.0), min(high, 1.0)  # rounding can lead outside, to a "-0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
