@@ -16,10 +16,9 @@ import torch
 
 from cli import ROOT, beside, run
 from lab.ablation.report import cell, curve, heading, line, require_matplotlib
-from lab.ablation.runs import read_results, shares
+from lab.ablation.runs import HOW, read_results, shares
 from lab.evals.toy import ANSWERS, grade_prompts
 from lab.metrics import wilson
-from sample import Request
 from sd.device import precision
 from train import TASKS, UNetTask, train
 from training.config import in_parts, read_config
@@ -27,7 +26,6 @@ from training.log import commit, forget_after
 
 GOAL = {"color": 90, "shape": 80, "direction": 90, "background": 90}  # percent of the validation videos
 SEEDS = 2  # videos of a prompt
-HOW = Request(sampler="dpm++sde", steps=10)  # graded as 50 steps are, see docs/fast.md
 
 
 class GradedTask(UNetTask):

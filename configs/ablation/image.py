@@ -1,4 +1,4 @@
-"""The tiny text-to-image model that every run of `python -m lab.ablation` starts from: single images, plain SD.
+"""The tiny text-to-image model that every run of `python -m lab.ablation` starts from: single pictures, plain SD.
 
 A UNet from nothing; VAE and text tower, which stays frozen, are those of the shipped model.
 """
@@ -15,19 +15,21 @@ height = 64
 mix = {"caption": 1}
 
 timestep_shift = 1.5
-default_fps = 2
-guidance = 3.0
+default_fps = 4
+guidance = 2.0
 
-max_steps = 2500
-batch_size = 32
-lr = 6e-4
+optimizer = "muon"
+max_steps = 1500
+batch_size = 16
+lr = 1.2e-3
 warmup = 50
-cooldown = 800
+cooldown = 700
 betas = (0.9, 0.99)
 weight_decay = 0.01
-dtype = "auto"
+ema = 0.998
+dtype = "float32"  # on whatever machine: lines of several are compared
 
 log_every = 100
-sheet_every = 2500
+sheet_every = 1500
 save_every = 500
 licence = "MIT, trained from nothing on the toy world"

@@ -28,7 +28,7 @@ def main():
     results, figure = o.results or FILES[o.study] + ".jsonl", o.figure or FILES[o.study] + ".png"
     for path in (results, figure):  # now, not after hours
         check_writable(path)
-    ablate(STUDIES[o.study], results)
+    ablate(o.study, results)
     lines = read_results(results)
     shown, measured = (ways, [ways.step_seconds()]) if o.study == "ways" else (report, [])
     print("\n".join(shown.tables(lines, *measured)))

@@ -14,27 +14,40 @@ from training.config import Config
 
 
 class Row:
-    """The runs of a variant. Its name says so where seeds are missing."""
+    """The runs of a variant. Its name says so where seeds are missing.
+
+    steps  at which they were looked at; methods take the last one unless they are told another
+    """
 
     def __init__(self, variant: Variant, results: list[dict]):
-        self.runs = [result for result in results if result["variant"] == variant.name]
+        self.runs = [result["curve"] for result in results if result["variant"] == variant.name]
         few = f" ({len(self.runs)} of {SEEDS} seeds)" if len(self.runs) < SEEDS else ""
-        self.name, self.videos = variant.name + few, sum(result["videos"] for result in self.runs)
+        self.name, self.variant, self.steps = variant.name + few, variant, list(self.runs[0]) if self.runs else []
 
-    def share(self, what: str) -> tuple[float, float, float]:
-        """Percent of all videos of all seeds, with its Wilson interval."""
-        count = sum(result[what] for result in self.runs)
-        return tuple(100 * x for x in (count / self.videos, *wilson(count, self.videos)))
+    def values(self, *keys: str, step="") -> list:
+        """What each run says under some nested keys."""
+        return [reduce(getitem, keys, run[step or self.steps[-1]]) for run in self.runs]
 
-    def spread(self, *keys: str) -> tuple[float, float, float]:
-        """Mean, least and largest value over the seeds, read under some nested keys."""
-        values = [reduce(getitem, keys, result) for result in self.runs]
+    def share(self, what: str, step="") -> tuple[float, float, float]:
+        """Percent of the videos of all runs, with its Wilson interval."""
+        count, videos = (sum(self.values(name, step=step)) for name in (what, "videos"))
+        return tuple(100 * x for x in (count / videos, *wilson(count, videos)))
+
+    def each(self, what: str, step="") -> str:
+        """Percent of the videos of each run: runs differ by more than an interval over all videos says."""
+        counts, videos = (self.values(name, step=step) for name in (what, "videos"))
+        shares = (100 * count / of for count, of in zip(counts, videos))
+        return ", ".join(f"{share:.0f}" for share in sorted(shares))
+
+    def spread(self, *keys: str, step="") -> tuple[float, float, float]:
+        """Mean, least and largest value over the runs, under some nested keys."""
+        values = self.values(*keys, step=step)
         return sum(values) / len(values), min(values), max(values)
 
 
-def rows_of(results: list[dict]) -> dict[str, Row]:
+def rows_of(results: list[dict], variants=VARIANTS) -> dict[str, Row]:
     """Rows by variant, without those that have no runs."""
-    rows = {variant.name: Row(variant, results) for variant in VARIANTS}
+    rows = {variant.name: Row(variant, results) for variant in variants}
     return {name: row for name, row in rows.items() if row.runs}
 
 
@@ -43,31 +56,42 @@ def cell(numbers, digits: int) -> str:
     return f"{middle} [{low}, {high}]"
 
 
+SHARES = "color", "shape", "direction", "background", "wrong cuts"
+TABLE_2 = "neither", "triple data", "mixed embedding", "both"
+
+
 def tables(results: list[dict]):
     """Yield lines of Markdown."""
-    rows, at, asked = rows_of(results), list(results[0]["loss"]), list(results[0]["px a frame"])
-    shares = ("color", "shape", "direction", "background", "wrong cuts")
-    yield from heading("", [*(f"{name}, %" for name in shares), "trajectories", "loss", "worth of direction, %"])
-    for row in rows.values():
-        cells = [cell(row.share(name), 0) for name in shares]
-        cells += [cell(row.spread("trajectories"), 0), cell(row.spread("loss", at[-1], "video"), 4),
-                  cell(row.spread("worth of direction"), 1)]
-        yield line(row.name, cells)
-    yield from ["", *heading("px a frame", [f"{fps} FPS (true {toy.SPEED / float(fps):.1f})" for fps in asked])]
+    rows = rows_of(results)
+    steps, fps_values = next((row.steps, row.values("px a frame")[0]) for row in rows.values())
+    columns = [*(f"{name}, %" for name in SHARES), "direction by run, %", "trajectories", "loss",
+               "worth of direction, %"]
+    yield from heading("", columns)
+    yield from (line(row.name, cells(row)) for row in rows.values())
+    yield from ["", *heading("as many videos", ["step", *columns])]
+    for row in pick(rows, *TABLE_2):  # half of the samples of triple data are videos
+        step = steps[-1] if row.variant.triple_data else steps[len(steps) // 2]
+        yield line(row.name, [step, *cells(row, step)])
+    yield from ["", *heading("px a frame", [f"{fps} FPS (true {toy.SPEED / float(fps):.1f})" for fps in fps_values])]
     for row in pick(rows, "both", "both, no FPS embedding"):
-        yield line(row.name, [cell(row.spread("px a frame", fps), 2) for fps in asked])
+        yield line(row.name, [cell(row.spread("px a frame", fps), 2) for fps in fps_values])
     for kind in ("image", "video"):
-        yield from ["", *heading(f"loss of {kind}s", [f"step {step}" for step in at])]
+        yield from ["", *heading(f"loss of {kind}s", [f"step {step}" for step in steps])]
         for row in pick(rows, "neither", "both", "both, gated"):
-            yield line(row.name, [cell(row.spread("loss", step, kind), 3) for step in at])
+            yield line(row.name, [cell(row.spread(kind, step=step), 3) for step in steps])
     yield from second_level(rows.values())
+
+
+def cells(row: Row, step="") -> list[str]:
+    return [*(cell(row.share(name, step), 0) for name in SHARES), row.each("direction", step),
+            cell(row.spread("trajectories", step=step), 0), cell(row.spread("video", step=step), 4),
+            cell(row.spread("worth of direction", step=step), 1)]
 
 
 def second_level(rows):
     """Yield lines of Markdown: what rows, each with a name and runs, have right on level 2 of the toy world; none where
     no run was graded on it."""
-    graded = {row.name: [run["level 2"] for run in row.runs if "level 2" in run] for row in rows}
-    graded = {name: seen for name, seen in graded.items() if seen}
+    graded = {row.name: row.values("level 2") for row in rows if "level 2" in row.runs[0][row.steps[-1]]}
     if graded:
         columns = (*ANSWERS, "all", "wrong cuts", "mixed up")
         yield from ["", *heading("level 2, %", columns)]
@@ -107,15 +131,15 @@ def draw_figure(results: list[dict], path: str):
     axes, rows = list(drawing.subplots(2, 2).flat), rows_of(results)
     draw_table(axes[0], rows)
     draw_sizes(axes[1], rows)
-    draw_speeds(axes[2], rows, list(results[0]["px a frame"]))
-    draw_losses(axes[3], rows, list(results[0]["loss"]))
+    draw_speeds(axes[2], rows)
+    draw_losses(axes[3], rows)
     for panel in axes:
         panel.legend(fontsize=8, ncols=2)
     drawing.savefig(path, dpi=100)
 
 
 def draw_table(panel, rows: dict[str, Row]):
-    shown = pick(rows, "neither", "triple data", "mixed embedding", "both")
+    shown = pick(rows, *TABLE_2)
     for n, name in enumerate(("color", "shape", "direction", "wrong cuts")):
         numbers = [row.share(name) for row in shown]
         panel.bar([i + 0.2 * (n - 1.5) for i in range(len(shown))], [middle for middle, *_ in numbers], 0.18,
@@ -132,20 +156,20 @@ def draw_sizes(panel, rows: dict[str, Row]):
     panel.set(title="Figure 7 in small", xscale="log", xlabel="videos", ylabel="%")
 
 
-def draw_speeds(panel, rows: dict[str, Row], asked: list[str]):
-    fps = [float(name) for name in asked]
+def draw_speeds(panel, rows: dict[str, Row]):
     for row in pick(rows, "both", "both, no FPS embedding"):
+        asked = list(row.values("px a frame")[0])
+        fps = [float(name) for name in asked]
         curve(panel, fps, [row.spread("px a frame", name) for name in asked], label=row.name)
-    panel.plot(fps, [toy.SPEED / f for f in fps], "k--", label="true")
-    panel.set(title="What the FPS embedding says", xticks=fps, xlabel="FPS asked for", ylabel="px a frame")
+        panel.plot(fps, [toy.SPEED / f for f in fps], "k--")
+    panel.set(title="What the FPS embedding says (dashed: true)", xlabel="FPS asked for", ylabel="px a frame")
 
 
-def draw_losses(panel, rows: dict[str, Row], at: list[str]):
+def draw_losses(panel, rows: dict[str, Row]):
     for n, row in enumerate(pick(rows, "neither", "both", "both, gated")):
         for kind, style in (("image", "--"), ("video", "-")):
-            curve(panel, range(len(at)), [row.spread("loss", step, kind) for step in at], color=f"C{n}",
-                  linestyle=style, label=f"{row.name}, {kind}s")
-    panel.set_xticks(range(len(at)), at)
+            curve(panel, [int(step) for step in row.steps], [row.spread(kind, step=step) for step in row.steps],
+                  color=f"C{n}", linestyle=style, label=f"{row.name}, {kind}s")
     panel.set(title="Adding the mixed embedding to an image model", xlabel="steps of fine-tuning", ylabel="loss")
 
 

@@ -1,8 +1,9 @@
 """The runs of the ablations: what is compared, how each variant is trained, and what is noted of it.
 
-As the paper's models all start from Stable Diffusion, all runs of a study start from one tiny text-to-image model. It
-knows shapes, colours and backgrounds, and has seen neither motion nor an embedding of ETC's. As many run at a time as
-there are cores, and each leaves a line in the file of results; what has its line there is not run again.
+As the paper's models all start from Stable Diffusion, all runs start from one tiny text-to-image model. It has seen
+single pictures alone: no grid, no motion, no embedding of ETC's. At every sheet a run is graded by its averaged
+weights, under a learning rate that stays, so that any two points of its curve compare. As many run at a time as there
+are cores, and each leaves a line in the file of results; what has its line there is not run again.
 """
 
 import json
@@ -10,10 +11,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import active_children, get_context
 
 import numpy as np
@@ -42,8 +43,7 @@ from training.setup import loss_of, make_model, make_ready
 
 CONFIGS = os.path.join(ROOT, "configs", "ablation")
 SEEDS = 3
-STEPS = 25  # of sampling what is graded at the end of a run
-STEPS_BETWEEN = 15  # and on a graded curve, where there is more of it
+HOW = Request(sampler="dpm++sde", steps=10)  # graded as 50 steps are, see docs/fast.md
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is compared
@@ -77,9 +77,7 @@ WAYS = (
       for name in LAYOUTS),
     Variant("grid, gated", triple_data=False, gate=True),
 )
-
-
-NARROW = {"channels": 24, "head_width": 24}
+STUDIES = {"paper": VARIANTS, "ways": WAYS}  # each has a config of its name
 
 
 class GatedUNet(UNet):
@@ -104,20 +102,16 @@ def video_unet(variant: Variant, image: UNet) -> UNet:
 
 
 def image_unet(shipped: UNet) -> UNet:
-    """A fresh UNet without ETC's additions, three quarters as wide as the shipped model's."""
-    return UNet(replace(shipped.cfg, **NARROW, mixed_embedding=False, fps_embedding=False))
+    """A fresh UNet like the shipped model's, without ETC's additions."""
+    return UNet(replace(shipped.cfg, mixed_embedding=False, fps_embedding=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training, as train.py does
 
 
-def train(cfg: Config, make_unet, variant=Variant(""), curve=(), graded=False) -> "ProbedTask":
-    """Train a run to its end; make_unet turns the UNet of the checkpoint that it starts from into its own.
-
-    curve   steps before which to look at the model
-    graded  whether to draw the held-out prompts then, too
-    """
+def train(cfg: Config, make_unet, variant=Variant(""), make_task=UNetTask) -> UNetTask:
+    """Train a run to its end; make_unet turns the UNet of the checkpoint that it starts from into its own."""
     with Ranks(cfg.timeout) as ranks, claimed(cfg, ranks):
         cfg = in_precision(replace(cfg, layout=variant.layout, layout_options=variant.layout_options), ranks)
         torch.manual_seed(cfg.seed)
@@ -126,51 +120,51 @@ def train(cfg: Config, make_unet, variant=Variant(""), curve=(), graded=False) -
         lists = make_ready(cfg, model, ranks)  # all of the mix, whatever the variant: runs share what is encoded
         if not variant.triple_data:
             cfg = replace(cfg, mix={"video": 1})
-        task = ProbedTask(curve, graded, variant.videos, cfg, model, lists, ranks)
+        task = make_task(cfg, model, lists, ranks)
         run(cfg, ranks, task)
         return task
 
 
 class ProbedTask(UNetTask):
-    """A UNetTask that looks at the model before some of the steps.
+    """A UNetTask that, where others show a sheet, notes what the model is like; before the first step, too.
 
     videos  how many there are to train on; 0: all
     """
 
-    def __init__(self, curve, graded: bool, videos: int, *given):
-        self.curve, self.graded, self.videos, self.probes = curve, graded, videos, {}  # step -> what was seen
-        super().__init__(*given)
+    def __init__(self, videos: int, cfg: Config, model: sd.Model, *given):
+        self.videos, self.curve = videos, {}  # step, a string as in JSON -> what was seen
+        super().__init__(cfg, model, *given)
 
     def begin(self, stage: Stage, step: int):
         super().begin(stage, step)
-        self.step = step
         if self.videos:
             self.stream.sizes["video"] = self.videos
 
     def batch(self):
-        if self.step in self.curve:
-            self.probe()
-        self.step += 1
+        if not self.curve:
+            self.curve["0"] = probe(self.cfg, self.model)
         return super().batch()
 
-    def probe(self):
-        """Note what the model is like now."""
-        self.probes[self.step] = probe(self.cfg, self.model)
-        if self.graded:
-            with precision(getattr(torch, self.cfg.dtype), next(self.model.unet.parameters()).device):
-                report = grade_prompts(self.model, "test", 1, Request(steps=STEPS_BETWEEN), batch_size=8)
-            self.probes[self.step] |= shares(report)
+    def sheet(self, model):
+        self.curve[str(model.settings.origin["unet"]["steps"])] = probe(self.cfg, model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is noted of a model
 
 
-def probe(cfg: Config, model: sd.Model) -> dict[str, float]:
-    """Mean loss on true renders of the held-out scenes, under noise that is always the same: of single images, which
-    are what the model knew before, and of videos."""
-    return {"image": true_loss(replace(cfg, frames=1), model, CAPTION_FPS),
-            "video": true_loss(cfg, model, cfg.default_fps)}
+def probe(cfg: Config, model: sd.Model) -> dict:
+    """What the held-out prompts become, graded; px a frame at each FPS; and mean losses on true renders of them, under
+    noise that is always the same: of single images, which are what the model knew before, and of videos."""
+    with precision(getattr(torch, cfg.dtype), next(model.unet.parameters()).device):
+        report = grade_prompts(model, "test", 1, HOW)
+        rows = grade_fps(model, "test", cfg.fps_values, HOW)
+        second = {"level 2": shares(grade_prompts(model, "test", 1, HOW, level=2))} if cfg.toy_level == 2 else {}
+    loss = true_loss(cfg, model, cfg.default_fps)
+    return {**shares(report), **second, "image": true_loss(replace(cfg, frames=1), model, CAPTION_FPS), "video": loss,
+            "worth of direction": worth_of_direction(cfg, model, loss),
+            "trajectories": trajectory_distances(report.tracks, "test", 1, model.settings.fps)["model"],
+            "px a frame": {str(fps): row[0] if row else math.nan for fps, row in rows.items()}}
 
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -200,16 +194,6 @@ def true_loss(cfg: Config, model: sd.Model, fps: float, said=None) -> float:
     return torch.stack(losses).mean().item()
 
 
-def score(model: sd.Model, fps_values) -> dict:
-    """Grade a model on the toy world."""
-    request = Request(steps=STEPS)
-    report = grade_prompts(model, "test", 1, request, batch_size=24)
-    rows = grade_fps(model, "test", fps_values, request, batch_size=24)
-    distances = trajectory_distances(report.tracks, "test", 1, model.settings.fps)
-    return {**shares(report), "trajectories": distances["model"],
-            "px a frame": {fps: row[0] if row else math.nan for fps, row in rows.items()}}
-
-
 def shares(report) -> dict:
     """How many videos of a report there are, are right in what (at level 2, how many shapes), and are wrong in what."""
     return {"videos": report.videos, **{name: count for name, (count, _) in report.counts().items()}}
@@ -219,50 +203,25 @@ def shares(report) -> dict:
 # All of it
 
 
-@dataclass(frozen=True)
-class Study:
-    """Variants that are compared, and what their runs have in common.
-
-    base   configs of the text-to-image model, each of which goes on from the one before
-    run    config of a run
-    curve  steps before which a run is looked at; after the last it always is
-    score  (model, FPS values) -> dict of what to note at the end, a module's function, as it goes to other processes;
-           None: held-out prompts are drawn and graded at every step of the curve
-    """
-
-    variants: tuple[Variant, ...]
-    base: tuple[str, ...]
-    run: str
-    curve: tuple[int, ...]
-    score: Callable | None = None
-
-
-STUDIES = {
-    "paper": Study(VARIANTS, ("image", "compare", "sheets"), "run", (0, 50, 500), score),
-    "ways": Study(WAYS, ("image",), "ways", (0, 1000, 2000)),
-}
-
-
-def prepare_runs(study: Study) -> Config:
+def prepare_runs(study: str) -> Config:
     """Make what all runs share and is not there yet, the text-to-image model and the encoded clips -> their config."""
-    for n, name in enumerate(study.base):
-        cfg = read_config([os.path.join(CONFIGS, name + ".py")])
-        if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
-            train(cfg, (lambda unet: unet) if n else image_unet)
-    cfg = read_config([os.path.join(CONFIGS, study.run + ".py")])
+    cfg = read_config([os.path.join(CONFIGS, "image.py")])
+    if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
+        train(cfg, image_unet)
+    cfg = read_config([os.path.join(CONFIGS, study + ".py")])
     with Ranks(cfg.timeout) as ranks:
         make_ready(cfg, make_model(cfg), ranks)
     return cfg
 
 
-def ablate(study: Study, results: str):
+def ablate(study: str, results: str):
     """Run every variant of a study with every seed that has no line in the file of results yet.
 
     As many run at a time as there are cores, each on one: a run gains little from a second core, and one card, for
     models so small, is idle until the next of many runs asks.
     """
     done = [(result["variant"], result["seed"]) for result in read_results(results)]
-    todo = [(variant, seed) for seed in range(SEEDS) for variant in study.variants if (variant.name, seed) not in done]
+    todo = [(variant, seed) for seed in range(SEEDS) for variant in STUDIES[study] if (variant.name, seed) not in done]
     if not todo:
         return
     cfg = prepare_runs(study)
@@ -273,7 +232,7 @@ def ablate(study: Study, results: str):
     with (Ranks(cfg.timeout) as ranks, claimed(cfg, ranks),
           ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool):
         try:
-            futures = [pool.submit(one_run, cfg, study, *it) for it in todo]
+            futures = [pool.submit(one_run, cfg, *it) for it in todo]
             for n, future in enumerate(as_completed(futures), 1):
                 result = future.result()
                 with open(results, "a", encoding="utf-8") as file:
@@ -285,27 +244,18 @@ def ablate(study: Study, results: str):
             raise
 
 
-def one_run(cfg: Config, study: Study, variant: Variant, seed: int) -> dict:
+def one_run(cfg: Config, variant: Variant, seed: int) -> dict:
     """Train and grade a variant -> its line of results."""
     cfg = replace(cfg, seed=seed, out_dir=os.path.join(cfg.out_dir, f"{variant.name} {seed}"))
-    shutil.rmtree(cfg.out_dir, ignore_errors=True)  # of a run that was interrupted: its probes are not in a checkpoint
+    shutil.rmtree(cfg.out_dir, ignore_errors=True)  # of a run that was interrupted: its curve is not in a checkpoint
     os.makedirs(cfg.out_dir)
     began = time.time()
     path = os.path.join(cfg.out_dir, "log")
     with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        task = train(cfg, lambda unet: video_unet(variant, unet), variant, study.curve, study.score is None)
-        cfg, model = task.cfg, task.model
-        task.probe()
-        worth = worth_of_direction(cfg, model, task.probes[cfg.max_steps]["video"])
-        trained = time.time()
-        with precision(getattr(torch, cfg.dtype), next(model.unet.parameters()).device):
-            scores = study.score(model, cfg.fps_values) if study.score else {}
-            if cfg.toy_level == 2:
-                scores["level 2"] = shares(grade_prompts(model, "test", 1, Request(steps=STEPS), 24, level=2))
+        task = train(cfg, lambda unet: video_unet(variant, unet), variant, partial(ProbedTask, variant.videos))
     shutil.rmtree(cfg.out_dir)
-    return {"variant": variant.name, "seed": seed, "steps": cfg.max_steps, "dtype": cfg.dtype, **scores,
-            "worth of direction": worth, "loss": task.probes, "train_s": round(trained - began),
-            "score_s": round(time.time() - trained), "commit": commit()}
+    return {"variant": variant.name, "seed": seed, "dtype": task.cfg.dtype, "curve": task.curve,
+            "seconds": round(time.time() - began), "commit": commit()}
 
 
 def read_results(path: str) -> list[dict]:

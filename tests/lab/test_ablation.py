@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from multiprocessing import active_children
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import sd
@@ -15,12 +17,14 @@ from lab.ablation.runs import GatedUNet, Variant, video_unet
 from lab.evals.toy import ANSWERS
 from lab.metrics import wilson
 from model import UNet
+from sample import Request
 from sd.presets import MICRO
 from training.checkpoints import run_checkpoints
 from training.config import read_config
 
-runs.STEPS = runs.STEPS_BETWEEN = 2
-runs.VALIDATION_TIMESTEPS = (500,)  # probes are most of a small run; its process imports this file, so there too
+ONE_RUN, PROBE = runs.one_run, runs.probe
+runs.HOW = Request(steps=2)  # probes are most of a small run; its process imports this file, so there too
+runs.VALIDATION_TIMESTEPS = (500,)
 
 
 @pytest.fixture
@@ -87,78 +91,79 @@ log_every = 1
 def prepared(warm, world, micro, tmp_path_factory):
     """A folder with the configs of a small ablation, and what all its runs share."""
     folder, before = tmp_path_factory.mktemp("ablation"), micro
-    base = runs.STUDIES["paper"].base
-    for name in (*base, "run"):
-        frames = 1 if name == base[0] else 2
-        mix = {"video": 2, "label": 1, "caption": 1} if name == "run" else {"caption": 1}
-        encoded = str(folder / f"encoded {frames} {len(mix)}")
-        text = STAGE.format(init=before, out=str(folder / name), toy=world, encoded=encoded, frames=frames, mix=mix)
+    for name, frames, mix in (("image", 1, {"caption": 1}), ("paper", 2, {"video": 2, "label": 1, "caption": 1})):
+        text = STAGE.format(init=before, out=str(folder / name), toy=world, encoded=str(folder / f"encoded {name}"),
+                            frames=frames, mix=mix)
         (folder / f"{name}.py").write_text(text)
         before = str(folder / name / "model.safetensors")
+    two = Variant("gated", gate=True), Variant("3 videos", triple_data=False, videos=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "CONFIGS", str(folder))
         patch.setattr(torch, "get_num_threads", lambda: 2)  # so two runs at a time, of one thread each
-        runs.prepare_runs(runs.STUDIES["paper"])
+        patch.setitem(runs.STUDIES, "paper", two)
+        patch.setattr(runs, "one_run", small_run)
+        runs.prepare_runs("paper")
         yield folder
 
 
-def score(model, fps_values):
-    return {"videos": 1, "weight": model.unet.out[2].weight.sum().item(), "unet": type(model.unet).__name__}
-
-
-TWO = replace(runs.STUDIES["paper"], score=score, variants=(
-    Variant("gated", gate=True), Variant("3 videos", triple_data=False, videos=3)))
+def small_run(cfg, variant, seed):
+    """In a process of its own: its line, with a number that tells its last weights from others."""
+    runs.probe = lambda cfg, model: {**PROBE(cfg, model), "weight": model.unet.out[2].weight.sum().item(),
+                                     "unet": type(model.unet).__name__}
+    return ONE_RUN(cfg, variant, seed)
 
 
 def test_what_has_its_line_is_not_run_again(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SEEDS", 1)
     results = tmp_path / "results.jsonl"
-    runs.ablate(TWO, str(results))
+    runs.ablate("paper", str(results))
     lines = {line["variant"]: line for line in map(json.loads, results.read_text().splitlines())}
-    assert {name: line["unet"] for name, line in lines.items()} == {"gated": "GatedUNet", "3 videos": "UNet"}
-    assert lines["gated"]["weight"] != lines["3 videos"]["weight"]
+    last = {name: line["curve"]["3"] for name, line in lines.items()}
+    assert {name: seen["unet"] for name, seen in last.items()} == {"gated": "GatedUNet", "3 videos": "UNet"}
+    assert last["gated"]["weight"] != last["3 videos"]["weight"]
     for line in lines.values():
-        assert list(line["loss"]) == ["0", "3"] and line["loss"]["0"] != line["loss"]["3"]
+        assert list(line["curve"]) == ["0", "3"] and line["curve"]["0"]["video"] != line["curve"]["3"]["video"]
     kept = json.dumps(lines["3 videos"]) + "\n"
     results.write_text(kept)
-    cfg = read_config([str(prepared / "run.py"), "--max_steps=2"])
+    cfg = read_config([str(prepared / "paper.py"), "--max_steps=2"])
     path = f"{cfg.out_dir}/gated 0"
     runs.train(replace(cfg, out_dir=path), lambda unet: video_unet(Variant("gated", gate=True), unet))
     assert run_checkpoints(path)  # as an interrupted run leaves one
-    runs.ablate(TWO, str(results))
+    runs.ablate("paper", str(results))
     again = results.read_text().removeprefix(kept)
-    assert without_timings(json.loads(again)) == without_timings(lines["gated"])
+    assert json.loads(again) | {"seconds": 0} == lines["gated"] | {"seconds": 0}
 
 
-def without_timings(line):
-    return line | {"train_s": 0, "score_s": 0}
-
-
-def no_score(model, fps_values):
-    raise ArithmeticError("cannot be graded")
+def failing_run(cfg, variant, seed):
+    """In a process of its own: a run that ends in an error when it is graded after its last step."""
+    looks = iter([{"the": "first"}])
+    runs.probe = lambda cfg, model: next(looks, None) or 1 / 0
+    return ONE_RUN(cfg, variant, seed)
 
 
 def test_a_failed_run_ends_the_others(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SEEDS", 6)
-    with pytest.raises(ArithmeticError):
-        runs.ablate(replace(TWO, score=no_score), str(tmp_path / "results.jsonl"))
+    monkeypatch.setattr(runs, "one_run", failing_run)
+    with pytest.raises(ZeroDivisionError):
+        runs.ablate("paper", str(tmp_path / "results.jsonl"))
     assert not (tmp_path / "results.jsonl").exists() and not active_children()
-    assert "step 3/3" in (prepared / "run" / "gated 0" / "log").read_text()
-    assert len(list((prepared / "run").glob("* ?"))) < 8  # of twelve: those that waited never began
+    assert len(list((prepared / "paper").glob("* ?"))) < 8  # of twelve: those that waited never began
 
 
 def test_few_videos_are_the_first(prepared, micro, tmp_path):
-    cfg = read_config([str(prepared / "run.py"), f"--init={micro}", "--max_steps=1", f"--out_dir={tmp_path}/few"])
-    task = runs.train(cfg, lambda unet: unet, Variant("", triple_data=False, videos=3))
+    cfg = read_config([str(prepared / "paper.py"), f"--init={micro}", "--max_steps=1", f"--out_dir={tmp_path}/few"])
+    task = runs.train(cfg, lambda unet: unet, Variant("", triple_data=False), partial(runs.ProbedTask, 3))
     assert {task.stream.item_at(position) for position in range(100)} == {("video", n) for n in range(3)}
     task = runs.train(replace(cfg, out_dir=str(tmp_path / "all")), lambda unet: unet)
     assert {source for source, _ in map(task.stream.item_at, range(100))} == {"video", "label", "caption"}
 
 
 def test_what_is_noted_of_a_model(micro):
-    noted = runs.score(sd.load(micro), (4, 8))
-    assert list(noted) == ["videos", *ANSWERS, "wrong cuts", "trajectories", "px a frame"]
-    assert noted["videos"] == 48 and noted["trajectories"] > 0 and list(noted["px a frame"]) == [4, 8]
+    cfg = read_config([f"{ROOT}/configs/ci.py", "--toy_level=2", "--fps_values=(4, 8)"])
+    noted = PROBE(cfg, sd.load(micro))
+    assert {"videos", *ANSWERS, "wrong cuts", "image", "video", "worth of direction"} <= noted.keys()
+    assert noted["videos"] == 48 and noted["trajectories"] > 0 and list(noted["px a frame"]) == ["4", "8"]
+    assert noted["level 2"]["videos"] == 40 and "mixed up" in noted["level 2"]
 
 
 @pytest.mark.parametrize("options, says", [
@@ -173,52 +178,58 @@ def test_mistakes_are_told_before_any_run(run, tmp_path, options, says):
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+def seen(right, loss, **more):
+    return {"videos": 10, "color": 9, "shape": 8, "direction": right, "background": 10, "wrong cuts": 0,
+            "trajectories": 100.0 + right, "px a frame": {"2": 4.0, "8": 1.5}, "worth of direction": 2.0,
+            "image": 0.5 * loss, "video": loss, **more}
+
+
 def test_tables_and_figure_are_what_the_lines_say(tmp_path):
-    results = [{"variant": name, "seed": seed, "videos": 10, "color": 9, "shape": seed, "direction": 5,
-                "background": 10, "wrong cuts": 0, "trajectories": 100.0 + seed, "px a frame": {"2": 4.0, "8": 1.5},
-                "worth of direction": 2.0,
-                "loss": {"0": {"image": 0.5, "video": 0.75}, "40": {"image": 0.25, "video": 0.125 * seed}}}
-               for name in ("neither", "both", "9 videos") for seed in range(3 if name == "both" else 2)]
+    results = [{"variant": name, "seed": seed, "curve": {
+        "0": seen(0, 0.75), "20": seen(1, 0.5), "40": seen(seed, 0.125 * seed)}}
+        for name in ("neither", "both", "9 videos") for seed in range(3 if name == "both" else 2)]
     row = Row(Variant("both"), results)
-    assert row.share("shape") == tuple(100 * x for x in (0.1, *wilson(3, 30)))
-    assert row.spread("loss", "40", "video") == (0.125, 0, 0.25)
+    assert row.share("direction") == tuple(100 * x for x in (0.1, *wilson(3, 30)))
+    assert row.spread("video") == (0.125, 0, 0.25) and row.spread("image", step="0") == (0.375, 0.375, 0.375)
     text = "\n".join(report.tables(results))
-    assert "| both | 90 [74, 97] | 10 [3, 26] |" in text and "| 101 [100, 102] | 0.1250 [0.0000, 0.2500] |" in text
-    assert "| neither (2 of 3 seeds) |" in text and "| 2 FPS (true 5.0) | 8 FPS (true 1.2) |" in text
+    both = "90 [74, 97] | 80 [63, 90] | 10 [3, 26] | 100 [89, 100] | 0 [0, 11] | 0, 10, 20 | 101 [100, 102] | 0.1250"
+    assert f"| both | {both} [0.0000, 0.2500] | 2.0 [2.0, 2.0] |" in text
+    # as many videos as with triple data, of which half are videos: at half of the steps
+    assert f"| both | 40 | {both}" in text and "| neither (2 of 3 seeds) | 20 | 90" in text
+    assert "| 10, 10 | 101 [101, 101] | 0.5000 " in text
+    assert "| 2 FPS (true 5.0) | 8 FPS (true 1.2) |" in text
+    assert "| loss of images | step 0 | step 20 | step 40 |" in text
     assert "level 2" not in text
-    seen = {"videos": 4, "color": 6, "shape": 8, "direction": 0, "background": 4, "all": 0, "wrong cuts": 1,
-            "mixed up": 2}
-    *_, heading, _, last = report.tables([*results[:-1], results[-1] | {"level 2": seen}])
+    pairs = {"videos": 4, "color": 6, "shape": 8, "direction": 0, "background": 4, "all": 0, "wrong cuts": 1,
+             "mixed up": 2}
+    graded = [{"variant": "9 videos", "seed": 0, "curve": {"0": seen(0, 1), "40": seen(1, 1, **{"level 2": pairs})}}]
+    *_, heading, _, last = report.tables(graded)
     assert heading.startswith("| level 2, % | color | shape") and heading.endswith("| wrong cuts | mixed up |")
     six, none = ([round(100 * x) for x in wilson(n, 8)] for n in (6, 0))  # of 8 shapes, the others of 4 videos
-    assert last.startswith(f"| 9 videos (2 of 3 seeds) | 75 [{six[0]}, {six[1]}] | 100 [")
+    assert last.startswith(f"| 9 videos (1 of 3 seeds) | 75 [{six[0]}, {six[1]}] | 100 [")
     assert f"| 0 [{none[0]}, {none[1]}] | 100 [" in last and "| 25 [" in last and "| 50 [" in last
     report.draw_figure(results, str(tmp_path / "figure.png"))
     assert Image.open(tmp_path / "figure.png").size == (1100, 700)
 
 
-def test_a_way_is_trained_and_graded_along_its_curve(prepared, monkeypatch):
-    monkeypatch.setattr(runs, "STEPS", 1)
-    way, study = Variant("temporal", triple_data=False, layout="temporal"), replace(TWO, curve=(1,), score=None)
-    cfg = read_config([str(prepared / "run.py")])
-    result = runs.one_run(replace(cfg, toy_level=2), study, way, 0)  # what is encoded already does not change by that
-    assert result["level 2"]["videos"] == 40 and "mixed up" in result["level 2"]
-    assert list(result["loss"]) == [1, 3]
-    for seen in result["loss"].values():
-        assert seen["videos"] == 48 and {"direction", "wrong cuts", "video"} <= seen.keys()
+def test_a_way_is_trained_and_graded_along_its_curve(prepared):
+    cfg = read_config([str(prepared / "paper.py"), "--sheet_every=2", f"--out_dir={prepared}/way"])
+    result = ONE_RUN(cfg, Variant("temporal", triple_data=False, layout="temporal"), 0)
+    assert list(result["curve"]) == ["0", "2", "3"]
+    for one in result["curve"].values():
+        assert one["videos"] == 48 and {"direction", "wrong cuts", "video"} <= one.keys()
 
 
 def test_ways_learn_as_their_lines_say(tmp_path):
-    results = [{"variant": name, "seed": seed, "loss": {
-        str(step): {"videos": 10, "color": 9, "shape": 8, "direction": right + seed, "wrong cuts": 0,
-                    "video": 0.5 / (1 + step), "image": 0.25} for step, right in ((0, 0), (100, 4), (200, 8))}}
+    results = [{"variant": name, "seed": seed, "curve": {
+        str(step): seen(right + seed, 0.5 / (1 + step)) for step, right in ((0, 0), (100, 4), (200, 8))}}
         for name in ("grid", "temporal") for seed in range(3 if name == "grid" else 1)]
     seconds = {"grid": 0.5, "temporal": 0.25}
-    grid, temporal = ways.ways_of(results, seconds)
-    assert grid.share("direction", "100") == tuple(100 * x for x in (0.5, *wilson(15, 30)))
-    assert grid.half() == ("100", "50") and temporal.half() == ("200", "50")
+    rows = report.rows_of(results, runs.WAYS)
+    assert rows["grid"].share("direction", "100") == tuple(100 * x for x in (0.5, *wilson(15, 30)))
+    assert ways.half(rows["grid"]) == "100" and ways.half(rows["temporal"]) == "200"
     text = "\n".join(ways.tables(results, seconds))
-    assert "| grid (3 runs) | 90 [74, 97] |" in text and "| temporal (1 run) |" in text and "| 500 |" in text
+    assert "| grid | 90 [74, 97] |" in text and "| temporal (1 of 3 seeds) |" in text and "| 500 |" in text
     assert "| 80, 90, 100 |" in text
     ways.draw_figure(results, str(tmp_path / "figure.png"), seconds)
     assert Image.open(tmp_path / "figure.png").size == (1100, 700)
