@@ -157,7 +157,8 @@ def test_what_noise_does_to_the_past_matters():
 
 def test_a_frame_sees_no_farther_than_the_window_in_one_attention():
     layout = Causal(replace(TINY.unet, channel_mult=(1,), attention_levels=()), 2, alphas_cumprod=ALPHAS)
-    attn, (C, T) = Attention(64, 64, 1), (64, 8)
+    C, T = TINY.unet.channels, 8
+    attn = Attention(C, C, 1)
     attn.number = 1
     nn.init.ones_(layout.blocks["1"].gate.bias)
     h, t, emb = torch.randn(T, 2, 2, C), torch.full((T,), 300), torch.randn(T, 4 * C)

@@ -1,5 +1,6 @@
 """A small seeded sample of what run.py does at length; and the judge itself can fail."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def plant(kind, world):
     elif kind == "program":
         subprocess.run("true")
     elif kind == "memory":
-        bytearray(64 << 20)
+        with mmap.mmap(-1, 64 << 20) as pages:  # new ones: a heap that was larger once would give its own
+            pages.write(bytes(64 << 20))
     elif kind == "hang":
         time.sleep(0.2)
 
