@@ -33,21 +33,24 @@ def step_seconds() -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in spent.items()}
 
 
-def half(row: Row) -> str:
-    """The first step at which half of all videos move as they should."""
-    return next((step for step in row.steps if row.share("direction", step)[0] >= 50), f"> {row.steps[-1]}")
+def half(row: Row) -> tuple[str, int]:
+    """The first step at which half of all videos move as they should, or "> " and the last where they never do."""
+    there = (int(step) for step in row.steps if row.share("direction", step)[0] >= 50)
+    return next((("", step) for step in there), ("> ", int(row.steps[-1])))
 
 
 def tables(results: list[dict], seconds: dict[str, float]):
     """Yield lines of Markdown; seconds: of a step, by name."""
     columns = [*(f"{name}, %" for name in GRADED), "direction by run, %", "loss", "worth of direction, %",
-               "half move right at step", "ms a step"]
+               "half move right at step", "after s", "ms a step"]
     rows = rows_of(results, WAYS)
     yield from heading("", columns)
     for name, row in rows.items():
+        later, step = half(row)
         yield line(row.name, [
             *(cell(row.share(what), 0) for what in GRADED), row.each("direction"), cell(row.spread("video"), 4),
-            cell(row.spread("worth of direction"), 1), half(row), f"{1000 * seconds[name]:.0f}"])
+            cell(row.spread("worth of direction"), 1), f"{later}{step}", f"{later}{step * seconds[name]:.0f}",
+            f"{1000 * seconds[name]:.0f}"])
     yield from second_level(rows.values())
 
 

@@ -227,9 +227,9 @@ def test_ways_learn_as_their_lines_say(tmp_path):
     seconds = {"grid": 0.5, "temporal": 0.25}
     rows = report.rows_of(results, runs.WAYS)
     assert rows["grid"].share("direction", "100") == tuple(100 * x for x in (0.5, *wilson(15, 30)))
-    assert ways.half(rows["grid"]) == "100" and ways.half(rows["temporal"]) == "200"
+    assert ways.half(rows["grid"]) == ("", 100) and ways.half(rows["temporal"]) == ("", 200)
     text = "\n".join(ways.tables(results, seconds))
     assert "| grid | 90 [74, 97] |" in text and "| temporal (1 of 3 seeds) |" in text and "| 500 |" in text
-    assert "| 80, 90, 100 |" in text
+    assert "| 80, 90, 100 |" in text and "| 100 | 50 | 500 |" in text and "| 200 | 50 | 250 |" in text
     ways.draw_figure(results, str(tmp_path / "figure.png"), seconds)
     assert Image.open(tmp_path / "figure.png").size == (1100, 700)
