@@ -41,7 +41,6 @@ class Config:
     toy_clips: int = option(864, "videos of the toy world", low=0, high=10**7)
     toy_images: int = option(16, "images per label of the toy world", low=0, high=10**7)
     toy_captioned: int = option(720, "captioned images of the toy world", low=0, high=10**7)
-    toy_moving: bool = option(False, "half of the toy world's images are of something that moves, and say so")
     toy_level: int = option(1, "2: every other clip and captioned image of the toy world is of two shapes", low=1,
                             high=2)
     video: str = option("", "list of clips: CSV, JSON lines, MSR-VTT's json, or a folder (see docs/data.md)")
@@ -184,9 +183,9 @@ def changed(cfg: Config, values: dict) -> Config:
 
 
 # what a run has in common with the one that makes its VAE
-SHARED = ("init", "toy", "toy_clips", "toy_images", "toy_captioned", "toy_moving", "toy_level", "video", "label",
-          "caption", "mix", "frames", "width", "height", "fps_values", "random_crop", "flip", "background", "captions",
-          "dtype", "resume", "timeout", "dry_run")
+SHARED = ("init", "toy", "toy_clips", "toy_images", "toy_captioned", "toy_level", "video", "label", "caption", "mix",
+          "frames", "width", "height", "fps_values", "random_crop", "flip", "background", "captions", "dtype", "resume",
+          "timeout", "dry_run")
 
 
 def in_parts(cfg: Config) -> list[Config]:

@@ -110,7 +110,7 @@ def check_inputs(cfg: Config):
 def render_world(cfg: Config):
     """Render the toy world if it is missing. Raises ValueError when one of other options is there."""
     world = {"clips": cfg.toy_clips, "images": cfg.toy_images, "captioned": cfg.toy_captioned,
-             "moving": cfg.toy_moving, "level": cfg.toy_level, "size": cfg.width}
+             "level": cfg.toy_level, "size": cfg.width}
     try:
         if not os.path.exists(cfg.toy):
             toy.render(cfg.toy, **world)

@@ -16,7 +16,6 @@ class Options:
     clips: int = option(864, "videos", low=0)
     images: int = option(16, "labelled images of each label", low=0)
     captioned: int = option(720, "captioned images", low=0)
-    moving: bool = option(False, "half of the images are of something that moves")
     level: int = option(1, "2: every other clip and captioned image is of two shapes", low=1, high=2)
     size: int = option(toy.SIZE, "pixels a side, even and at least 16")
 

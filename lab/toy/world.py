@@ -19,6 +19,7 @@ COLORS = {"red": (255, 60, 50), "green": (40, 205, 50), "blue": (60, 100, 255),
           "yellow": (245, 225, 40), "white": (250, 250, 250), "purple": (190, 60, 230)}
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (170, 170, 170), "brown": (115, 50, 5), "teal": (0, 85, 100)}
 SHAPES = ("circle", "square", "triangle")
+LABELS = len(COLORS) * len(SHAPES) * len(BACKGROUNDS)
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx)
 
 SIZE = 64        # pixels a side; a multiple of the 8 of Stable Diffusion's VAE
@@ -193,19 +194,16 @@ def true_render(scene, rng, frames: int, fps: float):
 # Files
 
 
-def render(folder: str, seed=0, clips=864, images=16, captioned=720, size=SIZE, moving=False, level=1,
-           workers=None):
+def render(folder: str, seed=0, clips=864, images=16, captioned=720, size=SIZE, level=1, workers=None):
     """Render a world into a folder, which must be absent or empty; the same seed makes the same files.
 
         videos.csv, videos/<page_dir>/<videoid>.mp4   clips of training triples, in WebVid's form
-        labels/<label>/000.png                        images of each of the 72 labels; 144 if `moving`
+        labels/<label>/000.png                        images of each of the 72 labels
         images.jsonl, images/00000.png                captioned images
         world.json                                    seed, counts, size
 
-    clips and captioned are totals, images counts per label. With `moving` half of the images are of something that
-    moves, and their labels and captions say so: only they can tell a model what a prompt of motion looks like at FPS 0
-    and 120. At level 2 every other clip and captioned image is of two shapes, and the ones between are the first half
-    of those of level 1; labels name one shape at every level.
+    clips and captioned are totals, images counts per label. At level 2 every other clip and captioned image is of two
+    shapes, and the ones between are the first half of those of level 1; labels name one shape at every level.
 
     Raises ValueError for arguments that make no world, OSError for a folder that cannot be written.
     """
@@ -221,7 +219,7 @@ def render(folder: str, seed=0, clips=864, images=16, captioned=720, size=SIZE, 
     os.makedirs(os.path.join(part, "images"))
     try:
         world = {"seed": seed, "clips": clips, "images": images, "captioned": captioned, "size": size,
-                 "moving": moving, "level": level}
+                 "level": level}
         write_world(part, world, workers or os.cpu_count())
         if os.path.isdir(folder):
             os.rmdir(folder)
@@ -232,7 +230,7 @@ def render(folder: str, seed=0, clips=864, images=16, captioned=720, size=SIZE, 
 
 def write_world(root: str, world: dict, workers: int):
     """Write every file of a world. Threads do it: libav, Pillow and numpy release the interpreter while they work."""
-    counts = {write_clip: world["clips"], write_labelled: label_count(world) * world["images"],
+    counts = {write_clip: world["clips"], write_labelled: LABELS * world["images"],
               write_captioned: world["captioned"]}
     jobs = [(write, i) for write, count in counts.items() for i in range(count)]
     with ThreadPoolExecutor(workers) as pool:
@@ -266,18 +264,17 @@ def write_clip(root: str, index: int, world: dict) -> list[str]:
 
 def write_labelled(root: str, index: int, world: dict):
     """Write a labelled image into the folder of its label."""
-    labels = label_count(world)
-    scene = still(index % labels, world)
+    scene = still(index % LABELS)
     frames, _ = content(world, np.random.default_rng([world["seed"], 1, index]), scene)
     folder = os.path.join(root, "labels", describe(scene))
     os.makedirs(folder, exist_ok=True)
-    Image.fromarray(frames[0]).save(os.path.join(folder, f"{index // labels:03d}.png"))
+    Image.fromarray(frames[0]).save(os.path.join(folder, f"{index // LABELS:03d}.png"))
 
 
 def write_captioned(root: str, index: int, world: dict) -> dict[str, str]:
     """Write a captioned image -> its line of images.jsonl."""
     number, rng, two = place(2, index, world)
-    frames, text = content(world, rng, any_pair(rng, moves(number, world)) if two else still(number, world))
+    frames, text = content(world, rng, any_pair(rng, moving=False) if two else still(number))
     path = f"images/{index:05d}.png"
     Image.fromarray(frames[0]).save(os.path.join(root, path))
     return {"path": path, "caption": text}
@@ -300,29 +297,16 @@ def any_pair(rng, moving=True):
     return *pair, list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
 
 
-def still(index: int, world: dict):
-    """The scene of an image of one shape: any 72 in a row show every subject on every background. One that moves does
-    so in one of its trained directions; else the direction is None."""
+def still(index: int):
+    """The scene of an image of one shape, without a direction: any LABELS in a row show every subject on every
+    background."""
     subjects = [(color, shape) for color in COLORS for shape in SHAPES]
-    subject, turn = subjects[index % len(subjects)], index // len(subjects)
-    trained = [direction for *pair, direction in triples("train") if tuple(pair) == subject]
-    direction = trained[turn % len(trained)] if moves(index, world) else None
-    return *subject, direction, list(BACKGROUNDS)[(index + turn) % len(BACKGROUNDS)]
+    turn = index // len(subjects)
+    return *subjects[index % len(subjects)], None, list(BACKGROUNDS)[(index + turn) % len(BACKGROUNDS)]
 
 
-def moves(index: int, world: dict) -> bool:
-    """Whether an image is of something that moves: with `moving`, every other 72 are."""
-    return world["moving"] and index // 72 % 2 == 1
-
-
-def label_count(world: dict) -> int:
-    return 144 if world["moving"] else 72
-
-
-def content(world: dict, rng, scene, times=None):
-    """(frames, caption) of a file. Without times it is one frame, at any moment."""
-    if times is None:
-        times = rng.uniform(0, SECONDS, 1) if scene[2] else [0]
+def content(world: dict, rng, scene, times=(0,)):
+    """(frames, caption) of a file."""
     frames = draw_scene(scene, trajectories(scene, times, rng, world["size"]), world["size"])
     named = None if rng.random() < 0.25 else scene[-1]  # so that prompts without a background work too
     return frames, describe((*scene[:-1], named))

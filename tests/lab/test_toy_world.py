@@ -220,7 +220,7 @@ def test_images_and_labels_are_true(world):
         grade = toy.grade(image)
         assert direction is None
         assert answers(grade) == (color, shape, None, background or grade.background, False), text
-    assert json.loads((world / "world.json").read_text()) == {"seed": 3, "size": 64, "moving": False, **SMALL}
+    assert json.loads((world / "world.json").read_text()) == {"seed": 3, "size": 64, **SMALL}
 
 
 def files(folder):
@@ -248,25 +248,6 @@ def test_every_combination_is_drawn_and_a_quarter_is_short(tmp_path, monkeypatch
     texts = [json.loads(line)["caption"] for line in open(tmp_path / "w" / "images.jsonl")]
     for captions in ([row[4] for row in rows], texts):
         assert 0.19 < np.mean(["background" not in text for text in captions]) < 0.31
-
-
-def test_half_of_the_stills_can_be_of_what_moves(tmp_path):
-    toy.render(tmp_path / "w", clips=0, images=1, captioned=720, moving=True)
-    lines = [json.loads(line) for line in open(tmp_path / "w" / "images.jsonl")]
-    stills = [(tmp_path / "w" / line["path"], line["caption"]) for line in lines]
-    labels = [(path, path.parent.name) for path in sorted((tmp_path / "w" / "labels").glob("*/*.png"))]
-    assert len(labels) == len(set(label for _, label in labels)) == 144
-    along = []
-    for pairs in (stills, labels):
-        asked = [(path, *toy.expected(text)) for path, text in pairs]
-        moving = [(path, triple) for path, *triple, _ in asked if triple[2]]
-        assert len(moving) == len(pairs) / 2 and {tuple(triple) for _, triple in moving} <= set(toy.triples("train"))
-        for path, (color, shape, direction) in moving:
-            grade = toy.grade(read(path))
-            assert (grade.color, grade.shape) == (color, shape)
-            along.append(grade.centers[0] @ np.abs(toy.DIRECTIONS[direction]))
-    assert {tuple(toy.expected(text)[:3]) for _, text in stills if "moving" in text} == set(toy.triples("train"))
-    assert np.histogram(along, 5, (6, 58))[0].min() > 50  # at any moment of the motion
 
 
 def test_a_world_of_level_2_holds_one_of_level_1(world, tmp_path):
@@ -303,15 +284,6 @@ def test_a_world_of_level_2_holds_one_of_level_1(world, tmp_path):
     labels = [{path: data for path, data in files(folder).items() if path.parts[0] == "labels"} for folder in both]
     assert labels[0] == labels[1] and len(labels[0]) == 72
     assert json.loads((tmp_path / "w" / "world.json").read_text())["level"] == 2
-
-
-def test_half_of_the_pairs_move_with_the_stills(tmp_path):
-    toy.render(tmp_path / "w", clips=0, images=0, captioned=576, moving=True, level=2)
-    texts = [json.loads(line)["caption"] for line in open(tmp_path / "w" / "images.jsonl")]
-    two = [text for text in texts if " and " in text]
-    assert texts[1::2] == two and sum(text.count("moving") == 2 for text in two) == 144
-    assert sum("moving" not in text for text in two) == 144
-    assert 0.15 < np.mean(["background" not in text for text in two]) < 0.35
 
 
 def test_half_a_world_is_never_there(tmp_path, monkeypatch):
