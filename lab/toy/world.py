@@ -320,5 +320,6 @@ def write_mp4(path: str, frames):
         stream = file.add_stream("libx264", rate=CLIP_FPS, options={"crf": "12", "preset": "veryfast", "g": "30"})
         stream.width, stream.height, stream.pix_fmt, stream.codec_context.thread_count = width, height, "yuv420p", 1
         for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+            # converted here: left to `encode`, one file in some hundreds got other bytes
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame).reformat(format="yuv420p")))
         file.mux(stream.encode(None))
