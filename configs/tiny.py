@@ -1,4 +1,4 @@
-"""The model that ships, from nothing: first its VAE (tiny_vae.py), then UNet and text tower.
+"""A tiny model from nothing: first its VAE (tiny_vae.py), then UNet and text tower. What it becomes: docs/tiny.md.
 
     python train.py configs/tiny.py
 

@@ -1,4 +1,4 @@
-"""The VAE of the shipped model, from nothing on the toy world, with one shape and with two.
+"""The VAE of a tiny model, from nothing on the toy world, with one shape and with two.
 
     python train.py configs/tiny_vae.py
 """

@@ -77,7 +77,7 @@ WAYS = (
       for name in LAYOUTS),
     Variant("grid, gated", triple_data=False, gate=True),
 )
-STUDIES = {"paper": VARIANTS, "ways": WAYS}  # each has a config of its name
+STUDIES = {"paper": VARIANTS, "ways": WAYS}  # each has a config of its name, see config_of
 
 
 class GatedUNet(UNet):
@@ -203,12 +203,17 @@ def shares(report) -> dict:
 # All of it
 
 
+def config_of(study: str) -> Config:
+    """What its runs start from; variant and seed come on top."""
+    return read_config([os.path.join(CONFIGS, name + ".py") for name in ("run", study)])
+
+
 def prepare_runs(study: str) -> Config:
     """Make what all runs share and is not there yet, the text-to-image model and the encoded clips -> their config."""
     cfg = read_config([os.path.join(CONFIGS, "image.py")])
     if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
         train(cfg, image_unet)
-    cfg = read_config([os.path.join(CONFIGS, study + ".py")])
+    cfg = config_of(study)
     with Ranks(cfg.timeout) as ranks:
         make_ready(cfg, make_model(cfg), ranks)
     return cfg

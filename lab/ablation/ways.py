@@ -1,17 +1,15 @@
 """Figure 2 in small: how soon each way to see time learns, against steps and against seconds."""
 
-import os
 import statistics
 from dataclasses import replace
 
 import torch
 
 from lab.ablation.report import Row, cell, curve, heading, line, rows_of, second_level
-from lab.ablation.runs import CONFIGS, WAYS
+from lab.ablation.runs import WAYS, config_of
 from lab.bench.step import our_step
 from lab.bench.timing import in_turn
 from sd.presets import TINY
-from training.config import read_config
 
 GRADED = ("color", "shape", "direction", "wrong cuts")
 
@@ -21,7 +19,7 @@ def step_seconds() -> dict[str, float]:
     say little."""
     threads, cpu = torch.get_num_threads(), torch.device("cpu")
     torch.set_num_threads(1)
-    cfg = read_config([os.path.join(CONFIGS, "ways.py")])
+    cfg = config_of("ways")
 
     def work(way):
         mine = replace(cfg, layout=way.layout, layout_options=way.layout_options)

@@ -91,11 +91,12 @@ log_every = 1
 def prepared(warm, world, micro, tmp_path_factory):
     """A folder with the configs of a small ablation, and what all its runs share."""
     folder, before = tmp_path_factory.mktemp("ablation"), micro
-    for name, frames, mix in (("image", 1, {"caption": 1}), ("paper", 2, {"video": 2, "label": 1, "caption": 1})):
+    for name, frames, mix in (("image", 1, {"caption": 1}), ("run", 2, {"video": 2, "label": 1, "caption": 1})):
         text = STAGE.format(init=before, out=str(folder / name), toy=world, encoded=str(folder / f"encoded {name}"),
                             frames=frames, mix=mix)
         (folder / f"{name}.py").write_text(text)
         before = str(folder / name / "model.safetensors")
+    (folder / "paper.py").write_text("")
     two = Variant("gated", gate=True), Variant("3 videos", triple_data=False, videos=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "CONFIGS", str(folder))
@@ -125,7 +126,7 @@ def test_what_has_its_line_is_not_run_again(prepared, tmp_path, monkeypatch):
         assert list(line["curve"]) == ["0", "3"] and line["curve"]["0"]["video"] != line["curve"]["3"]["video"]
     kept = json.dumps(lines["3 videos"]) + "\n"
     results.write_text(kept)
-    cfg = read_config([str(prepared / "paper.py"), "--max_steps=2"])
+    cfg = read_config([str(prepared / "run.py"), "--max_steps=2"])
     path = f"{cfg.out_dir}/gated 0"
     runs.train(replace(cfg, out_dir=path), lambda unet: video_unet(Variant("gated", gate=True), unet))
     assert run_checkpoints(path)  # as an interrupted run leaves one
@@ -147,11 +148,11 @@ def test_a_failed_run_ends_the_others(prepared, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         runs.ablate("paper", str(tmp_path / "results.jsonl"))
     assert not (tmp_path / "results.jsonl").exists() and not active_children()
-    assert len(list((prepared / "paper").glob("* ?"))) < 8  # of twelve: those that waited never began
+    assert len(list((prepared / "run").glob("* ?"))) < 8  # of twelve: those that waited never began
 
 
 def test_few_videos_are_the_first(prepared, micro, tmp_path):
-    cfg = read_config([str(prepared / "paper.py"), f"--init={micro}", "--max_steps=1", f"--out_dir={tmp_path}/few"])
+    cfg = read_config([str(prepared / "run.py"), f"--init={micro}", "--max_steps=1", f"--out_dir={tmp_path}/few"])
     task = runs.train(cfg, lambda unet: unet, Variant("", triple_data=False), partial(runs.ProbedTask, 3))
     assert {task.stream.item_at(position) for position in range(100)} == {("video", n) for n in range(3)}
     task = runs.train(replace(cfg, out_dir=str(tmp_path / "all")), lambda unet: unet)
@@ -213,7 +214,7 @@ def test_tables_and_figure_are_what_the_lines_say(tmp_path):
 
 
 def test_a_way_is_trained_and_graded_along_its_curve(prepared):
-    cfg = read_config([str(prepared / "paper.py"), "--sheet_every=2", f"--out_dir={prepared}/way"])
+    cfg = read_config([str(prepared / "run.py"), "--sheet_every=2", f"--out_dir={prepared}/way"])
     result = ONE_RUN(cfg, Variant("temporal", triple_data=False, layout="temporal"), 0)
     assert list(result["curve"]) == ["0", "2", "3"]
     for one in result["curve"].values():
