@@ -154,7 +154,9 @@ def test_a_reader_that_has_enough_is_no_error():
 
 
 def test_interrupts_leave_without_a_traceback():
-    code = PROGRAM.format(root=ROOT, body="print('on', flush=True); import time; time.sleep(600)")
+    # short sleeps: Python takes note of a signal that comes in the moment in which it falls asleep when it wakes up
+    body = "import time; print('on', flush=True)\n    while True: time.sleep(0.1)"
+    code = PROGRAM.format(root=ROOT, body=body)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "on\n"
     process.send_signal(signal.SIGINT)
