@@ -40,14 +40,16 @@ class Batch:
     context: torch.Tensor | None  # (B, L, D), when encoded ahead
     faults: list[tuple[str, str, str]]  # (source, name, reason) of what could not be used
 
-    def latents(self, vae, scale: float, T: int) -> torch.Tensor:
-        """Draw latents (B, T, C, h, w) from the VAE's posterior, scaled. A still image becomes T equal frames."""
+    def latents(self, vae, scale: float, T: int, draw: bool = True) -> torch.Tensor:
+        """Latents (B, T, C, h, w), scaled: drawn from the VAE's posterior, or its mean. A still is T equal frames."""
         latents = []
         for sample, position in zip(self.samples, self.positions):
             moments = sample.data if sample.data.is_floating_point() else encode_frames(vae, sample.data).cpu()
             mean, logvar = moments.float().chunk(2, dim=1)
-            noise = torch.randn(mean.shape, generator=generator("posterior", self.seed, position))
-            latents.append(((mean + (logvar / 2).exp() * noise) * scale).expand(T, -1, -1, -1))
+            if draw:
+                noise = torch.randn(mean.shape, generator=generator("posterior", self.seed, position))
+                mean = mean + (logvar / 2).exp() * noise
+            latents.append((mean * scale).expand(T, -1, -1, -1))
         return torch.stack(latents)
 
 

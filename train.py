@@ -139,7 +139,9 @@ class UNetTask:
         """Latents, prompt and FPS."""
         self.faults.add(batch)
         prompt = self.model.text.tokenize(batch.captions)[0] if batch.context is None else batch.context
-        return batch.latents(self.model.vae, self.model.settings.latent_scale, self.cfg.frames), prompt, batch.fps
+        scale = self.model.settings.latent_scale
+        latents = batch.latents(self.model.vae, scale, self.cfg.frames, self.cfg.draw_latents)
+        return latents, prompt, batch.fps
 
     def noise(self, generators) -> torch.Tensor:
         """ε of samples, each from its own generator, so that it does not depend on who else is in the batch."""

@@ -26,6 +26,8 @@ draws = 8
 mix = {"video": 12, "label": 1, "caption": 3}
 given_share = 0.5
 
+draw_latents = False  # the VAE's posterior is wide wherever there is only background
+
 # SD's own schedule never reaches pure noise, so flat backgrounds leak through to training but not to sampling
 prediction = "v"
 zero_snr = True
@@ -36,11 +38,11 @@ guidance = 1.5
 eta = 1.0
 
 optimizer = "muon"  # what words mean is a small part of a gradient
-max_steps = 12_000
+max_steps = 16_000
 batch_size = 8
 lr = 1.2e-3
 warmup = 100
-cooldown = 5800
+cooldown = 8000
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01

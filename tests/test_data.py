@@ -125,6 +125,8 @@ def test_latents_are_scaled_posterior_samples():
     draws = torch.cat([Batch([sample], [""], ["caption"], None, 0, [i], None, []).latents(None, 0.5, 1)
                        for i in range(400)])
     assert abs(draws.mean() - 1.5) < 0.01 and abs(draws.std() - 0.1) < 0.01
+    batch = Batch([sample], [""], ["caption"], None, 0, [0], None, [])
+    assert torch.equal(batch.latents(None, 0.5, 2, draw=False), torch.full((1, 2, 4, 4, 4), 1.5))
 
 
 def test_a_mix_without_samples_is_refused(lists, tmp_path):

@@ -75,6 +75,8 @@ class Config:
     timestep_shift: float = option(1.0, "s > 1 trains noisy timesteps more often: half of them lie above s / (1 + s) "
                                    "of the range", above=0, high=1000)
     timestep_width: float = option(1.0, "w < 1 trains timesteps near that middle more often", above=0, high=10)
+    draw_latents: bool = option(True, "from the VAE's posterior; False trains on its mean, where a high kl_weight has "
+                                "made noise of what a picture can do without")
     given_share: float = option(0.0, "share of the samples in which some frames are given, see beyond/frames.py", low=0,
                                 high=1)
     default_fps: float = option(30, "of samples, when nothing else is asked for", low=0, high=120)
