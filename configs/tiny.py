@@ -38,11 +38,11 @@ guidance = 1.5
 eta = 1.0
 
 optimizer = "muon"  # what words mean is a small part of a gradient
-max_steps = 13_000
+max_steps = 22_000
 batch_size = 8
 lr = 1.2e-3
 warmup = 100
-cooldown = 6500
+cooldown = 10_000
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01
@@ -53,7 +53,7 @@ schedule = {
            "timestep_shift": 1.5},
     2500: {"fps_values": (4,), "mix": {"video": 1}, "given_share": 0.0, "timestep_shift": 2.2, "timestep_width": 0.45},
     4000: {"fps_values": (4,), "mix": {"video": 1}, "given_share": 0.0, "timestep_shift": 4.0, "timestep_width": 0.5},
-    7000: {"fps_values": (4, 8, 15), "mix": {"video": 1}, "given_share": 0.25},
+    8000: {"fps_values": (4, 8, 15), "mix": {"video": 1}, "given_share": 0.25},
 }
 
 log_every = 50
