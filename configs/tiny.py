@@ -38,11 +38,11 @@ guidance = 1.5
 eta = 1.0
 
 optimizer = "muon"  # what words mean is a small part of a gradient
-max_steps = 22_000
+max_steps = 16_000
 batch_size = 8
 lr = 1.2e-3
 warmup = 100
-cooldown = 10_000
+cooldown = 5000
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01
