@@ -36,7 +36,7 @@ from sd.vae import decode
 
 FIRST = "seed", "fps", "steps", "guidance", "sampler", "layout"  # options, as the page groups them
 TIME, FILES = ("prompts_at", "blend"), ("first", "last", "extend", "like")
-MORE = "negative", "frames", "size", "overlap", "eta", "guidance_interval", "guidance_rescale", "reuse", "fast"
+MORE = "negative", "frames", "size", "overlap", "eta", "shift", "guidance_interval", "guidance_rescale", "reuse", "fast"
 ABOUT = {f.name: f.metadata for f in fields(sample.Options)}
 EXAMPLES = ("a red circle moving right", "a blue square moving up on a gray background",
             "a green triangle moving left on a gray background", "a white circle moving down on a brown background")
@@ -92,7 +92,7 @@ class Job:
         self.files.append(f"{path[:-4]}.json")
         cli.write_text(self.files[-1], json.dumps(told, indent=1, ensure_ascii=False))
         if self.attention:
-            maps = draw_maps(watch.maps, NoiseSchedule(model.settings).sampling_timesteps(request.steps))
+            maps = draw_maps(watch.maps, NoiseSchedule(model.settings).sampling_timesteps(request.steps, request.shift))
             self.pictures["attention: row i is frame i, column j the frame that it looks at"] = image_tag(maps)
 
     def show(self, frames: np.ndarray, grid, fps: float):

@@ -70,17 +70,23 @@ class NoiseSchedule:
             return (x - noise * output) / signal, output
         return signal * x - noise * output, signal * output + noise * x
 
-    def sampling_timesteps(self, steps: int) -> list[int]:
+    def sampling_timesteps(self, steps: int, shift=1.0) -> list[int]:
         """The timesteps of a sampler with `steps` steps, noisiest first.
 
         "leading" with offset 1 is what published Stable Diffusion pipelines do; it never visits the last timestep.
-        "trailing" starts at the last one, as a zero-SNR schedule needs. Raises ValueError outside 1..1000 steps.
+        "trailing" starts at the last one, as a zero-SNR schedule needs. A shift s > 1 moves them to where there is more
+        noise, as timestep_shift does in training: the odds u / (1 - u) of u = (t + 1) / 1000 are multiplied by s.
+        Raises ValueError outside 1..1000 steps, and where several would fall on one timestep.
         """
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps must be in 1..{self.timesteps}, got {steps}")
-        if self.spacing == "leading":
-            return [min(i * (self.timesteps // steps) + 1, self.timesteps - 1) for i in reversed(range(steps))]
-        return [round(self.timesteps * (i + 1) / steps) - 1 for i in reversed(range(steps))]
+        N = self.timesteps
+        if not 1 <= steps <= N:
+            raise ValueError(f"steps must be in 1..{N}, got {steps}")
+        even = [min((i - 1) * (N // steps) + 2, N) if self.spacing == "leading" else N * i / steps
+                for i in range(steps, 0, -1)]  # t + 1
+        timesteps = [round(shift * n / (1 + (shift - 1) * n / N)) - 1 for n in even]
+        if len(set(timesteps)) < len(set(even)):
+            raise ValueError(f"steps must be fewer with a shift of {shift:g}, got {steps}: some fall on one timestep")
+        return timesteps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +97,6 @@ class DDIM:
     """DDIM (Song et al. 2021, Equation 12). It ends at ᾱ_0, as published pipelines do.
 
     steps  how many are usual
-
     eta    how much of the ancestral noise it adds, 0..1: 0 is deterministic, 1 is ancestral
     noise  () -> fresh noise like x
     """
@@ -129,7 +134,7 @@ class DDPM:
 SAMPLERS = {"ddim": DDIM, "ddpm": DDPM, "dpm++": DPM, "dpm++sde": StochasticDPM}
 
 
-def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=50, guidance=7.0,
+def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=50, shift=1.0, guidance=7.0,
             rescale=0.0, sampler="ddim", eta=0.0, noise=None, known=None):
     """Sample: a generator that yields (i, t, x_t, predicted x_0) after every step; the last x_t is the sample.
 
@@ -142,16 +147,15 @@ def denoise(unet, schedule, x, context, negative, fps=None, grid=None, *, steps=
     x         (B, 4, H, W) pure noise, frames folded into a grid image
     context   (B, L, D) of the prompts, or one a frame (B, T, L, D); `negative` of what to stay away from ("" usually)
     fps       (B,) or None; both halves of guidance get it
+    shift     moves the timesteps, see NoiseSchedule.sampling_timesteps
     guidance  ε = ε(negative) + guidance * (ε(prompt) - ε(negative)); a number, or a function of the timestep that
               gives one. Where it is 1 there is no guidance, and a step costs half
     rescale   share of guidance rescale, 0..1, see beyond.fast.rescaled
-    eta       how much of the ancestral noise DDIM adds, 0..1; else ValueError
+    eta       how much of the ancestral noise DDIM adds, 0..1
     noise     () -> fresh noise like x, for samplers that add some
     known     the frames that are given, a beyond.frames.Known: put back after every step; None where there are none
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in 0..1, got {eta:g}")
-    timesteps = schedule.sampling_timesteps(steps)
+    timesteps = schedule.sampling_timesteps(steps, shift)
     sampler = SAMPLERS[sampler](schedule, timesteps, eta, noise or (lambda: torch.randn_like(x)))
     both, both_fps = torch.cat([negative, context]), None if fps is None else torch.cat([fps, fps])
     put = known.put if known else lambda x, t: x
@@ -197,6 +201,7 @@ class Request:
                               metavar="KEYS", read=read_keys)
     blend: bool = option(False, "between the frames of prompts_at, go from one prompt to the next in equal steps")
     overlap: int | None = option(None, "make a longer video in windows, which share so many frames", low=1)
+    shift: float | None = option(None, "more than 1: more steps in more noise (default: the model's)", low=1, high=1000)
     guidance_interval: tuple[int, int] | None = option(None, "first and last timestep with guidance (default: the "
                                                        "model's)", metavar="LOW,HIGH", low=0, high=999)
     guidance_rescale: float | None = option(None, "0..1, against colors too strong (default: 0)", low=0, high=1)
@@ -214,11 +219,9 @@ class Request:
         return list(self.prompts_at.values()) if self.prompts_at else list(self.prompt)
 
     def check(self):
-        """Raise ValueError, in terms of the fields, on what no model can do: known before one is loaded."""
+        """Raise ValueError on what no model can do: known before one is loaded."""
         cli.check(self)
-        check_keys(self.prompts_at, self.blend, self.frames)
-        if self.prompt and self.prompts_at:
-            raise ValueError("prompt and prompts_at cannot both be given: prompts_at says what every frame shows")
+        check_keys(self.prompts_at, self.prompt, self.blend, self.frames)
         if not self.texts or not all(prompt.strip() for prompt in self.texts):
             raise ValueError('prompt must be given and not be empty, like "a red circle moving right"')
         for text in (*self.texts, self.negative):
@@ -227,20 +230,18 @@ class Request:
         grid_shape(1 if self.overlap else self.frames or 1)
 
     def resolve(self, model: sd.Model) -> "Request":
-        """The same with nothing left open.
-
-        Raises ValueError, in terms of the fields, on what the model cannot do, or this machine's memory cannot hold.
-        """
+        """The same with nothing left open. Raises ValueError on what the model cannot do, or memory cannot hold."""
         self.check()
         s, chosen = model.settings, fast_settings(model.settings.fast) if self.fast else {}
         sampler = self.sampler or chosen.get("sampler", s.sampler)
         steps = s.sampling_steps if sampler == s.sampler else SAMPLERS.get(sampler, DDIM).steps
-        defaults = {"frames": s.frames, "size": (s.width, s.height), "fps": float(s.fps), "sampler": sampler,
-                    "steps": steps, "guidance": s.guidance, "guidance_interval": s.guidance_interval,
-                    "guidance_rescale": 0.0, "eta": s.eta if sampler == "ddim" else 0.0, "reuse": 1} | chosen
+        defaults = {"frames": s.frames, "size": (s.width, s.height), "fps": float(s.fps), "steps": steps, "reuse": 1,
+                    "sampler": sampler, "shift": s.sampling_shift, "guidance": s.guidance, "guidance_rescale": 0.0,
+                    "guidance_interval": s.guidance_interval, "eta": s.eta if sampler == "ddim" else 0.0} | chosen
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         whole.check()
         check_sampling(whole.sampler, whole.eta, whole.guidance_interval)
+        NoiseSchedule(s).sampling_timesteps(whole.steps, whole.shift)  # raises where these do not go together
         together = whole.window(model)
         model.check_size(*whole.size, together)
         check_known(whole.known, whole.frames, whole.size, only_first=model.unet.layout.goes_on)
@@ -279,7 +280,7 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
     """
     request, unet, factor, s = request.resolve(model), model.unet, model.vae.cfg.downsampling, model.settings
     device, count = device or unet.out[2].weight.device, len(request.prompt) or 1
-    together = request.window(model)
+    together, schedule = request.window(model), NoiseSchedule(s)
     rows, cols = grid = grid_shape(together)
     shape = together, unet.cfg.latent_channels, request.size[1] // factor, request.size[0] // factor
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or [request.seed] * count]
@@ -316,10 +317,9 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
             latents = encode(model, np.stack(list(request.known.values())))
         clip = {n: latent.expand(count, *shape[1:]).to(device) for n, latent in zip(request.known, latents)}
     fps, laid = (torch.full((count,), request.fps, device=device), grid) if request.frames > 1 else (None, None)
-    how = dict(steps=request.steps, guidance=request.guidance_at, rescale=request.guidance_rescale,
+    how = dict(steps=request.steps, shift=request.shift, guidance=request.guidance_at, rescale=request.guidance_rescale,
                sampler=request.sampler, eta=request.eta, noise=noise)
     past = unet.layout.past(unet) if together < request.frames and unet.layout.goes_on else None
-    schedule = NoiseSchedule(s)
     for window in request.windows(model):
         with at_work(unet, device):
             for n in range(shown, window.start) if past else ():
@@ -329,7 +329,7 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
                 replaced = () if s.given_trained else (schedule, noise())
                 known = Known([clip.get(n) for n in window], grid, *replaced)
             if request.reuse > 1:
-                called = Reuse(unet, schedule.sampling_timesteps(request.steps), request.reuse, past)
+                called = Reuse(unet, schedule.sampling_timesteps(request.steps, request.shift), request.reuse, past)
             run = denoise(called, schedule, x, context, negative.expand_as(context), fps, laid, known=known, **how)
             for i, t, x, x0 in run:
                 require_finite(x, f"the UNet's output at timestep {t}", model)

@@ -150,8 +150,11 @@ def read_keys(text: str) -> dict[int, str]:
     return keys
 
 
-def check_keys(prompts_at: dict, blend: bool, frames: int | None):
-    """Raise ValueError unless prompts_at has prompts for frames that rise from 0, and are there where that is known."""
+def check_keys(prompts_at: dict, prompt, blend: bool, frames: int | None):
+    """Raise ValueError unless prompts_at has prompts for frames that rise from 0, and are there where that is known.
+
+    prompt  of all frames: only without prompts_at
+    """
     keys = list(prompts_at)
     if not all(type(n) is int and isinstance(text, str) for n, text in prompts_at.items()):
         raise ValueError(f"prompts_at must have a text for whole numbers, got {prompts_at!r}")
@@ -159,6 +162,8 @@ def check_keys(prompts_at: dict, blend: bool, frames: int | None):
         raise ValueError(f"prompts_at must begin at frame 0 and rise, got {', '.join(map(str, keys))}")
     if keys and frames and keys[-1] >= frames:
         raise ValueError(f"prompts_at must name frames in 0..{frames - 1}, got {keys[-1]}")
+    if prompts_at and prompt:
+        raise ValueError("prompt and prompts_at cannot both be given: prompts_at says what every frame shows")
     if blend and len(keys) < 2:
         raise ValueError("blend needs prompts_at with two prompts or more")
 

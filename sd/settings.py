@@ -46,6 +46,7 @@ class Settings:
     fps_trained: tuple[float, ...] = option((), low=0, high=120)
     sampler: str = option("ddim", "one of sample.SAMPLERS")
     sampling_steps: int = option(50, "of that sampler", low=1, high=1000)
+    sampling_shift: float = option(1.0, "more than 1: more of the steps where there is more noise", low=1, high=1000)
     guidance_interval: tuple[int, int] = option((0, 999), "timesteps at which there is guidance, ends included", low=0,
                                                 high=999)
     fast: dict = option({}, "what --fast means for this model, where that is not beyond.fast.FAST")

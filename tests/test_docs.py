@@ -27,7 +27,7 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copytree(ROOT / "weights", tmp_path / "weights", copy_function=os.symlink)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(NoiseSchedule, "sampling_timesteps", lambda self, steps: [999, 500])  # enough to see it run
+    monkeypatch.setattr(NoiseSchedule, "sampling_timesteps", lambda *_: [999, 500])  # enough to see it run
     snippets = re.findall(r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```$", TEXTS[page], re.MULTILINE | re.DOTALL)
     assert len(snippets) == TEXTS[page].count("```python")
     for skipped, code in snippets:

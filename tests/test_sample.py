@@ -63,7 +63,7 @@ def test_a_resolved_request_leaves_nothing_open(micro):
     whole = Request("a red circle").resolve(model)
     s = model.settings
     assert whole == Request("a red circle", "", 4, (32, 32), 8.0, 50, s.guidance, "ddim", s.eta, 0,
-                            guidance_interval=(0, 999), guidance_rescale=0.0, reuse=1)
+                            shift=1.0, guidance_interval=(0, 999), guidance_rescale=0.0, reuse=1)
     assert whole.resolve(model) == whole and not model.unseen(whole)
 
 
@@ -99,6 +99,18 @@ def test_progress_sees_every_step(micro):
     generate(sd.load(micro), Request("x", steps=4), progress=lambda i, t, x, x0: seen.append((i, t, x.shape, x0.shape)))
     assert [i for i, *_ in seen] == [0, 1, 2, 3] and seen[0][1] == 999
     assert all(x == x0 == (1, 4, 8, 8) for *_, x, x0 in seen)
+
+
+def test_a_shift_moves_the_steps_and_a_model_may_bring_its_own(micro):
+    model, seen = sd.load(micro), []
+    for asked, brought, expected in ((None, 1.0, [999, 799, 599, 399, 199]), (3.0, 1.0, [999, 922, 817, 666, 428]),
+                                     (None, 3.0, [999, 922, 817, 666, 428]), (1.0, 3.0, [999, 799, 599, 399, 199])):
+        model.settings = replace(model.settings, sampling_shift=brought)
+        seen.clear()
+        generate(model, Request("x", steps=5, shift=asked), progress=lambda i, t, *_: seen.append(t))
+        assert seen == expected
+    with pytest.raises(ValueError, match="steps must be fewer with a shift of 3"):
+        Request("x", steps=600, shift=3.0).resolve(model)
 
 
 def test_at_work_brings_a_network_and_leaves_it_at_home(micro):

@@ -1,10 +1,14 @@
 """sample.py's schedule, samplers and denoise: the same numbers as diffusers', all the way down a trajectory."""
 
+import itertools
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -155,6 +159,30 @@ def test_any_number_of_steps_walks_down_inside_the_schedule(settings):
         assert len(timesteps) == steps and 0 <= timesteps[-1] and timesteps[0] <= 999
         assert all(a > b for a, b in zip(timesteps, timesteps[1:])) or (steps, settings.spacing) == (1000, "leading")
         assert settings.spacing == "leading" or timesteps[0] == 999
+
+
+@pytest.mark.parametrize("steps, shift", itertools.product((1, 2, 7, 50, 200), (1.5, 2.0, 3.0)))
+def test_a_shift_multiplies_the_odds_of_noise(steps, shift):
+    schedule = NoiseSchedule(EPSILON)
+    for t, moved in zip(schedule.sampling_timesteps(steps), schedule.sampling_timesteps(steps, shift), strict=True):
+        odds = Fraction(t + 1, 1000 - (t + 1)) * Fraction(shift)
+        assert abs(moved + 1 - 1000 * odds / (1 + odds)) <= Fraction(1, 2)
+
+
+def test_a_shift_of_the_timesteps_is_that_of_diffusers_flow_matching():
+    """Where its sigma, the share of noise of flow matching, is our (t + 1) / 1000."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for steps in (2, 5, 10, 50):
+        theirs.set_timesteps(sigmas=[i / steps for i in range(steps, 0, -1)])
+        expected = [round(1000 * sigma) - 1 for sigma in theirs.sigmas[:-1].tolist()]
+        assert NoiseSchedule(ZERO_SNR).sampling_timesteps(steps, 3.0) == expected
+
+
+def test_shifted_steps_that_fall_on_one_timestep_are_refused():
+    schedule = NoiseSchedule(ZERO_SNR)
+    assert len(set(schedule.sampling_timesteps(300, 3.0))) == 300
+    with pytest.raises(ValueError, match="steps must be fewer with a shift of 3, got 600: some fall on one timestep"):
+        schedule.sampling_timesteps(600, 3.0)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -323,7 +351,7 @@ def test_guidance_may_depend_on_the_timestep():
 def denoise_from(x, t, guidance):
     """denoise, whose first step is at t."""
     schedule = NoiseSchedule(V)
-    schedule.sampling_timesteps = lambda steps: [t]
+    schedule.sampling_timesteps = lambda *_: [t]
     return denoise(Network(), schedule, x, PROMPT, NEGATIVE, steps=1, guidance=guidance)
 
 

@@ -70,6 +70,8 @@ class Config:
     zero_snr: bool = option(False, "end the noise schedule in pure noise; a checkpoint brings its own")
     spacing: str = option("leading", "of the sampler's timesteps; a checkpoint brings its own",
                           choices=("leading", "trailing"))
+    sampling_shift: float = option(1.0, "more than 1: more of the sampler's steps where there is more noise; a "
+                                   "checkpoint brings its own", low=1, high=1000)
     timesteps: tuple[int, int] = option((0, NoiseSchedule.timesteps), "training range, half-open: [first, last)", low=0,
                                         high=NoiseSchedule.timesteps)
     timestep_shift: float = option(1.0, "s > 1 trains noisy timesteps more often: half of them lie above s / (1 + s) "

@@ -37,7 +37,7 @@ def make_model(cfg: Config) -> Model:
     else:
         model = build(architecture(cfg), Settings(
             prediction=cfg.prediction or "epsilon", zero_snr=cfg.zero_snr, spacing=cfg.spacing,
-            layout=cfg.layout or "grid", layout_options=cfg.layout_options))
+            sampling_shift=cfg.sampling_shift, layout=cfg.layout or "grid", layout_options=cfg.layout_options))
     settings = model.settings
     if cfg.vae:
         donor = load(cfg.vae)

@@ -103,7 +103,8 @@ def main():
     with AttentionMaps(model.unet, o.frames) as watch, tqdm(total=o.steps, unit="step", file=sys.stderr) as bar:
         generate(model, o, progress=lambda *_: bar.update())
     with beside(o.out) as part:
-        draw_maps(watch.maps, NoiseSchedule(model.settings).sampling_timesteps(o.steps)).save(part, "PNG")
+        timesteps = NoiseSchedule(model.settings).sampling_timesteps(o.steps, o.shift)
+        draw_maps(watch.maps, timesteps).save(part, "PNG")
     print(o.out)
 
 

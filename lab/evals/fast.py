@@ -252,7 +252,8 @@ def main():
     if plain.frames == 1 or plain.size[0] != plain.size[1]:
         raise ValueError(f"the model must make square videos, got {plain.frames} frames of {plain.size}")
     about = {"ckpt": os.path.basename(ckpt), "weights": fingerprint(model), "guidance": plain.guidance,
-             "eta": model.settings.eta, "seeds": o.seeds, "dtype": str(dtype).removeprefix("torch.")}
+             "eta": model.settings.eta, "shift": plain.shift, "seeds": o.seeds,
+             "dtype": str(dtype).removeprefix("torch.")}
     about |= {"level": 2} if o.level == 2 else {}
     known = [one for one in read_results(o.results) if about.items() <= one.items() and one.get("level", 1) == o.level]
     done = {(name_of(one["setting"]), one["split"]): one for one in known}
@@ -263,7 +264,7 @@ def main():
         name = name_of(chosen)
         if (name, split) not in done:
             request = Request("any", **fast_settings(chosen)).resolve(model)
-            spent = forward_equivalents(request, schedule.sampling_timesteps(request.steps), reused)
+            spent = forward_equivalents(request, schedule.sampling_timesteps(request.steps, request.shift), reused)
             same_noise = split == "val" and request.eta == 0 and request.sampler in ("ddim", "dpm++")
             seen = measure(model, request, split, o.seeds, name, exact if same_noise else (), o.level)
             done[name, split] = {"setting": chosen, "split": split, **about, "forwards": round(spent, 2), **seen}

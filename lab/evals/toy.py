@@ -219,6 +219,7 @@ class Options(timing.Options):
     sampler: str | None = option(None, "how to step (default: the model's)", choices=tuple(SAMPLERS))
     steps: int | None = option(None, "sampling steps (default: the model's, or the sampler's)", low=1,
                                high=NoiseSchedule.timesteps)
+    shift: float | None = option(None, "of the timesteps (default: the model's)", low=1, high=1000)
     guidance: float | None = option(None, "guidance scale (default: the model's)")
     eta: float | None = option(None, "noise that DDIM adds (default: the model's)", low=0, high=1)
     fps: float | None = option(None, "frame rate of the task (default: 4; of extend 15)", low=1, high=60)
@@ -239,13 +240,14 @@ def main():
         raise ValueError("level must be 1 with a task: given frames are of clips of one shape")
     device, dtype = o.place()
     model = sd.load(o.ckpt or SHIPPED, device, dtype)
-    request = Request("any", fps=o.fps or given.FPS.get(o.task), sampler=o.sampler, steps=o.steps, guidance=o.guidance,
-                      eta=o.eta).resolve(model)
+    request = Request("any", fps=o.fps or given.FPS.get(o.task), sampler=o.sampler, steps=o.steps, shift=o.shift,
+                      guidance=o.guidance, eta=o.eta).resolve(model)
     result = {"ckpt": os.path.basename(o.ckpt or SHIPPED), "split": o.split, "level": o.level,
-              "videos": len(toy.scenes(o.split, o.level)) * o.seeds, "sampler": request.sampler, "steps": request.steps,
-              "guidance": request.guidance, "eta": request.eta, "dtype": str(dtype).removeprefix("torch.")}
-    print("{ckpt}, {split} {what}, {videos} videos, {steps} steps of {sampler}, guidance {guidance:g}, eta {eta:g}, "
-          "{dtype}".format(**result, what="pairs" if o.level == 2 else "triples"))
+              "videos": len(toy.scenes(o.split, o.level)) * o.seeds,
+              **{name: getattr(request, name) for name in ("sampler", "steps", "shift", "guidance", "eta")},
+              "dtype": str(dtype).removeprefix("torch.")}
+    print("{ckpt}, {split} {what}, {videos} videos, {steps} steps of {sampler}, shift {shift:g}, "
+          "guidance {guidance:g}, eta {eta:g}, {dtype}".format(**result, what="pairs" if o.level == 2 else "triples"))
     numbers, failures = (measure_task if o.task else measure_prompts)(model, request, o)
     if o.json:
         with open(o.json, "a", encoding="utf-8") as file:

@@ -169,7 +169,7 @@ def test_all_of_it_goes_together(micro, layout, frames):
     model.settings = replace(model.settings, given_trained=True)
     known = {0: np.zeros((32, 32, 3), np.uint8)}
     request = Request("x", frames=frames, overlap=2, steps=6, sampler="dpm++sde", guidance=3.0, known=known,
-                      guidance_interval=(300, 800), guidance_rescale=0.7, reuse=3)
+                      guidance_interval=(300, 800), guidance_rescale=0.7, reuse=3, shift=2.0)
     model.unet.middle_block.register_forward_pre_hook(lambda *_: steps.append(1))
     video = generate(model, request)
     reused = len(steps)
