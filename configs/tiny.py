@@ -33,6 +33,7 @@ prediction = "v"
 zero_snr = True
 spacing = "trailing"
 timestep_shift = 3.0  # where things are is settled in more noise than what they look like
+sampling_shift = 2.0
 default_fps = 4
 guidance = 1.5
 eta = 1.0
