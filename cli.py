@@ -194,8 +194,12 @@ def parse(kind, description: str, argv=None, **defaults):
     for f in filter(lambda f: f.metadata, dataclasses.fields(kind)):
         add_option(parser, f, hints[f.name])
     switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
-    argv = [word + "=True" if word in switches else word for word in (sys.argv[1:] if argv is None else argv)]
-    given, unknown = parser.parse_known_intermixed_args(argv)
+    words, left = [], list(sys.argv[1:] if argv is None else argv)
+    while left:
+        words.append(left.pop(0))
+        if words[-1] in switches:
+            words[-1] += "=" + (left.pop(0) if left and left[0].lower() in ("true", "false") else "True")
+    given, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         raise ValueError(unknown_option(unknown[0].partition("=")[0].removeprefix("--"), kind))
     options = kind(**(defaults | vars(given)))

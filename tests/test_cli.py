@@ -53,6 +53,7 @@ class Options:
     ("--loud a", Options(words=("a",), loud=True)),
     ("--loud=True --deep=False", Options(loud=True, deep=False)),
     ("--loud=true --deep=FALSE", Options(loud=True, deep=False)),
+    ("a --deep false --loud True b", Options(words=("a", "b"), loud=True, deep=False)),
     ("--steps 1_000", Options(steps=1000)),
     ("--kind two", Options(kind="two")),
 ])
