@@ -1,7 +1,8 @@
-"""What all runs of `python -m lab.ablation` share, sixteen frames of 64x64; paper.py and ways.py have the rest."""
+"""What all runs of `python -m lab.ablation` share, sixteen frames of 64x64, from the text-to-image model of image.py;
+paper.py and ways.py have the rest.
+"""
 
 train = "unet"
-init = "runs/ablation_image/model.safetensors"
 
 toy = "data/toy"
 frames = 16

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cli import check_writable, option, parse, run
 from lab.ablation import report, ways
-from lab.ablation.runs import STUDIES, ablate, read_results
+from lab.ablation.runs import STUDIES, ablate, results_of
 
 FILES = {"paper": "docs/ablation", "ways": "docs/ways"}
 
@@ -29,7 +29,7 @@ def main():
     for path in (results, figure):  # now, not after hours
         check_writable(path)
     ablate(o.study, results)
-    lines = read_results(results)
+    lines = results_of(o.study, results)
     shown, measured = (ways, [ways.step_seconds()]) if o.study == "ways" else (report, [])
     print("\n".join(shown.tables(lines, *measured)))
     shown.draw_figure(lines, figure, *measured)

@@ -6,6 +6,7 @@ weights, under a learning rate that stays, so that any two points of its curve c
 are cores, and each leaves a line in the file of results; what has its line there is not run again.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from sd.settings import LAYOUTS
 from sd.vae import encode
 from train import VALIDATION_TIMESTEPS, Denoising, UNetTask, in_precision, run
 from training.checkpoints import claimed
-from training.config import Config, Stage, read_config
+from training.config import Config, Stage, assignments, read_config
 from training.log import commit
 from training.ranks import Ranks
 from training.setup import loss_of, make_model, make_ready
@@ -61,7 +62,7 @@ class Variant:
     layout_options: dict = field(default_factory=dict)
 
 
-SIZES = (9, 27, 81, 243)  # and all 864, which "mixed embedding" has
+SIZES = (54, 108, 216, 432)  # any 54 in a row show every trained triple; "mixed embedding" has all 864
 VARIANTS = (
     Variant("neither", mixed_embedding=False, triple_data=False),
     Variant("triple data", mixed_embedding=False),
@@ -184,7 +185,8 @@ def true_loss(cfg: Config, model: sd.Model, fps: float, said=None) -> float:
     rng, scenes = np.random.default_rng(0), toy.scenes("test")
     device, n = next(model.unet.parameters()).device, len(scenes)
     latents = torch.stack([encode(model, toy.true_render(scene, rng, cfg.frames, cfg.default_fps)) for scene in scenes])
-    context = model.text.encode([toy.caption(*scene) for scene in said or scenes])
+    said = [(*scene[:2], scene[2] if cfg.frames > 1 else None, scene[3]) for scene in said or scenes]  # no still moves
+    context = model.text.encode([toy.caption(*scene) for scene in said])
     module = Denoising(model, cfg, None)
     losses = []
     for t in VALIDATION_TIMESTEPS:
@@ -208,12 +210,28 @@ def config_of(study: str) -> Config:
     return read_config([os.path.join(CONFIGS, name + ".py") for name in ("run", study)])
 
 
+def recipe_of(*configs: str) -> str:
+    """A digest of what text-to-image model and runs come from: shipped weights, and what image.py and some other
+    configs assign. Lines and models of another recipe do not count."""
+    values = [assignments(os.path.join(CONFIGS, name + ".py")) for name in ("image", *configs)]
+    with open(values[0]["init"], "rb") as file:
+        return hashlib.sha256(repr(values).encode() + file.read()).hexdigest()[:12]
+
+
+def results_of(study: str, path: str) -> list[dict]:
+    """The lines of a file of results that are of the study as it is now."""
+    recipe = recipe_of("run", study)
+    return [result for result in read_results(path) if result.get("recipe") == recipe]
+
+
 def prepare_runs(study: str) -> Config:
     """Make what all runs share and is not there yet, the text-to-image model and the encoded clips -> their config."""
-    cfg = read_config([os.path.join(CONFIGS, "image.py")])
-    if not os.path.exists(os.path.join(cfg.out_dir, "model.safetensors")):
-        train(cfg, image_unet)
-    cfg = config_of(study)
+    image = read_config([os.path.join(CONFIGS, "image.py")])
+    image = replace(image, out_dir=f"{image.out_dir}-{recipe_of()}")
+    path = os.path.join(image.out_dir, "model.safetensors")
+    if not os.path.exists(path):
+        train(image, image_unet)
+    cfg = replace(config_of(study), init=path)
     with Ranks(cfg.timeout) as ranks:
         make_ready(cfg, make_model(cfg), ranks)
     return cfg
@@ -225,7 +243,7 @@ def ablate(study: str, results: str):
     As many run at a time as there are cores, each on one: a run gains little from a second core, and one card, for
     models so small, is idle until the next of many runs asks.
     """
-    done = [(result["variant"], result["seed"]) for result in read_results(results)]
+    done = [(result["variant"], result["seed"]) for result in results_of(study, results)]
     todo = [(variant, seed) for seed in range(SEEDS) for variant in STUDIES[study] if (variant.name, seed) not in done]
     if not todo:
         return
@@ -239,7 +257,7 @@ def ablate(study: str, results: str):
         try:
             futures = [pool.submit(one_run, cfg, *it) for it in todo]
             for n, future in enumerate(as_completed(futures), 1):
-                result = future.result()
+                result = future.result() | {"recipe": recipe_of("run", study)}
                 with open(results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
                 print(f"{n} of {len(todo)}: {result['variant']}, seed {result['seed']}", flush=True)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,8 +104,7 @@ def prepared(warm, world, micro, tmp_path_factory):
         patch.setattr(torch, "get_num_threads", lambda: 2)  # so two runs at a time, of one thread each
         patch.setitem(runs.STUDIES, "paper", two)
         patch.setattr(runs, "one_run", small_run)
-        runs.prepare_runs("paper")
-        yield folder
+        yield runs.prepare_runs("paper")
 
 
 def small_run(cfg, variant, seed):
@@ -126,13 +126,35 @@ def test_what_has_its_line_is_not_run_again(prepared, tmp_path, monkeypatch):
         assert list(line["curve"]) == ["0", "3"] and line["curve"]["0"]["video"] != line["curve"]["3"]["video"]
     kept = json.dumps(lines["3 videos"]) + "\n"
     results.write_text(kept)
-    cfg = read_config([str(prepared / "run.py"), "--max_steps=2"])
+    cfg = replace(prepared, max_steps=2)
     path = f"{cfg.out_dir}/gated 0"
     runs.train(replace(cfg, out_dir=path), lambda unet: video_unet(Variant("gated", gate=True), unet))
     assert run_checkpoints(path)  # as an interrupted run leaves one
     runs.ablate("paper", str(results))
     again = results.read_text().removeprefix(kept)
     assert json.loads(again) | {"seconds": 0} == lines["gated"] | {"seconds": 0}
+
+
+def test_lines_of_another_recipe_do_not_count(tmp_path, monkeypatch):
+    """Whatever changes what the runs come from makes it another: the weights, or what a config assigns."""
+    monkeypatch.setattr(runs, "CONFIGS", str(tmp_path))
+    weights, path = tmp_path / "weights", tmp_path / "results.jsonl"
+    texts = {"image": f"init = {str(weights)!r}\nseed = 1\n", "run": "lr = 1e-3\n", "paper": "draws = 8\n"}
+
+    def recipe(given, **changed):
+        weights.write_bytes(given)
+        for name, text in (texts | changed).items():
+            (tmp_path / f"{name}.py").write_text(text)
+        return runs.recipe_of("run", "paper")
+
+    first = recipe(b"1")
+    path.write_text("".join(json.dumps({"variant": name, "recipe": said}) + "\n" for name, said in (
+        ("both", first), ("neither", "another"))) + '{"variant": "gated"}\n')
+    assert [line["variant"] for line in runs.results_of("paper", str(path))] == ["both"]
+    assert recipe(b"1", run="# why\nlr = 1e-3\n") == first
+    others = [recipe(b"2"), recipe(b"1", image=texts["image"] + "lr = 1e-4\n"), recipe(b"1", run="lr = 1e-4\n"),
+              recipe(b"1", paper="draws = 9\n")]
+    assert len({first, *others}) == 5
 
 
 def failing_run(cfg, variant, seed):
@@ -148,11 +170,11 @@ def test_a_failed_run_ends_the_others(prepared, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         runs.ablate("paper", str(tmp_path / "results.jsonl"))
     assert not (tmp_path / "results.jsonl").exists() and not active_children()
-    assert len(list((prepared / "run").glob("* ?"))) < 8  # of twelve: those that waited never began
+    assert len(list(Path(prepared.out_dir).glob("* ?"))) < 8  # of twelve: those that waited never began
 
 
 def test_few_videos_are_the_first(prepared, micro, tmp_path):
-    cfg = read_config([str(prepared / "run.py"), f"--init={micro}", "--max_steps=1", f"--out_dir={tmp_path}/few"])
+    cfg = replace(prepared, init=micro, max_steps=1, out_dir=f"{tmp_path}/few")
     task = runs.train(cfg, lambda unet: unet, Variant("", triple_data=False), partial(runs.ProbedTask, 3))
     assert {task.stream.item_at(position) for position in range(100)} == {("video", n) for n in range(3)}
     task = runs.train(replace(cfg, out_dir=str(tmp_path / "all")), lambda unet: unet)
@@ -188,7 +210,7 @@ def seen(right, loss, **more):
 def test_tables_and_figure_are_what_the_lines_say(tmp_path):
     results = [{"variant": name, "seed": seed, "curve": {
         "0": seen(0, 0.75), "20": seen(1, 0.5), "40": seen(seed, 0.125 * seed)}}
-        for name in ("neither", "both", "9 videos") for seed in range(3 if name == "both" else 2)]
+        for name in ("neither", "both", "54 videos") for seed in range(3 if name == "both" else 2)]
     row = Row(Variant("both"), results)
     assert row.share("direction") == tuple(100 * x for x in (0.1, *wilson(3, 30)))
     assert row.spread("video") == (0.125, 0, 0.25) and row.spread("image", step="0") == (0.375, 0.375, 0.375)
@@ -203,18 +225,18 @@ def test_tables_and_figure_are_what_the_lines_say(tmp_path):
     assert "level 2" not in text
     pairs = {"videos": 4, "color": 6, "shape": 8, "direction": 0, "background": 4, "all": 0, "wrong cuts": 1,
              "mixed up": 2}
-    graded = [{"variant": "9 videos", "seed": 0, "curve": {"0": seen(0, 1), "40": seen(1, 1, **{"level 2": pairs})}}]
+    graded = [{"variant": "54 videos", "seed": 0, "curve": {"0": seen(0, 1), "40": seen(1, 1, **{"level 2": pairs})}}]
     *_, heading, _, last = report.tables(graded)
     assert heading.startswith("| level 2, % | color | shape") and heading.endswith("| wrong cuts | mixed up |")
     six, none = ([round(100 * x) for x in wilson(n, 8)] for n in (6, 0))  # of 8 shapes, the others of 4 videos
-    assert last.startswith(f"| 9 videos (1 of 3 seeds) | 75 [{six[0]}, {six[1]}] | 100 [")
+    assert last.startswith(f"| 54 videos (1 of 3 seeds) | 75 [{six[0]}, {six[1]}] | 100 [")
     assert f"| 0 [{none[0]}, {none[1]}] | 100 [" in last and "| 25 [" in last and "| 50 [" in last
     report.draw_figure(results, str(tmp_path / "figure.png"))
     assert Image.open(tmp_path / "figure.png").size == (1100, 700)
 
 
 def test_a_way_is_trained_and_graded_along_its_curve(prepared):
-    cfg = read_config([str(prepared / "run.py"), "--sheet_every=2", f"--out_dir={prepared}/way"])
+    cfg = replace(prepared, sheet_every=2, out_dir=f"{prepared.out_dir}-way")
     result = ONE_RUN(cfg, Variant("temporal", triple_data=False, layout="temporal"), 0)
     assert list(result["curve"]) == ["0", "2", "3"]
     for one in result["curve"].values():
