@@ -72,6 +72,11 @@ def hexes(made: tuple[int, int]) -> str:
     return "{:016x}{:016x}".format(*made)
 
 
+def made(items: Items, i: int) -> str:
+    """What an item is made from, in a line about it: of another one the line says nothing."""
+    return hexes(hashes(items, i))
+
+
 def compared(then: np.ndarray, now: np.ndarray) -> Counter:
     """How many items of a list changed, by what they were made from when they were encoded, and by what is there now.
 

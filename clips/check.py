@@ -19,7 +19,7 @@ from itertools import chain
 from tqdm import tqdm
 
 from cli import beside, check_writable, option, parse, run
-from clips.changes import hashes, hexes
+from clips.changes import made
 from clips.decode import Bad, Member, frames_at, open_file, opened
 from clips.jobs import appending, in_threads, read_notes, taken
 from clips.lists import Items, images_of
@@ -37,7 +37,7 @@ def check(source: str, path: str, spec: Spec, ranks=None):
     out = os.path.join(items.folder, os.path.basename(os.path.abspath(path)) + ".check.jsonl")
     notes, by = out.replace(".check.jsonl", ".checked"), f"{source}, {asdict(spec)}"
     mine = f"{notes}-{ranks.rank}.jsonl"
-    for name in (out, mine):
+    for name in (mine,) if ranks.rank else (out, mine):
         check_writable(name)
 
     def counts(line: dict) -> bool:
@@ -63,30 +63,25 @@ def check(source: str, path: str, spec: Spec, ranks=None):
             os.remove(name)
 
 
-def made(items: Items, i: int) -> str:
-    """What an item is made from: another one is checked again."""
-    return hexes(hashes(items, i))
-
-
 def report(items: Items, out: str, found: list):
     """Write and print what check_item said of all items, and which files there are twice."""
-    reasons, seen = Counter(), {}
+    reasons, seen, usable = Counter(), {}, 0
     faults = [(None, [(*fault, None)]) for fault in (items.tars.faults if items.tars else ())]  # of no item
     with beside(out) as part, open(part, "w", encoding="utf-8") as file:
         for i, files in chain(faults, enumerate(found)):
             for name, reason, digest in files:
                 kind = reason
-                if reason is None and digest in seen:
-                    kind, reason = "duplicated", f"the same as {seen[digest]}"
-                elif reason is None:
-                    seen[digest] = name
+                if reason is None and seen.setdefault(digest, name) == name:  # one file may have several captions
+                    usable += 1
                     continue
+                if reason is None:
+                    kind, reason = "duplicated", f"the same as {seen[digest]}"
                 reasons[kind] += 1
                 file.write(json.dumps({"item": i, "path": name, "reason": reason}) + "\n")
     for reason, n in reasons.most_common():
         print(f"{n:8d}  {reason}")
     print(f"{len(items)} items; what cannot be used is in {out}")
-    print(f"{len(seen)} of {len(seen) + reasons.total()} usable")
+    print(f"{usable} of {usable + reasons.total()} usable")
 
 
 def check_item(items: Items, i: int, spec: Spec) -> list[tuple[str, str | None, str | None]]:

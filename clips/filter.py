@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from cli import beside, check_writable, one_line, option, parse, run
+from clips.changes import made
 from clips.decode import Bad, frames_at, opened
 from clips.jobs import appending, in_threads, read_notes, taken
 from clips.lists import Items
@@ -40,11 +41,15 @@ def clip_filter(path: str, keep: float, model: str, pretrained: str, count: int,
     ranks  every one of them takes the next clips that are left; rank 0 writes the list
     """
     ranks, items, stem = ranks or Ranks(timeout=600), Items("video", path, captions), os.path.abspath(path)
-    by = f"{model}, {pretrained}, {count} frames, list of {len(items)}"
+    by = f"{model}, {pretrained}, {count} frames"
     out, clip = f"{stem}.scores-{ranks.rank}.jsonl", None
 
+    def counts(line: dict) -> bool:
+        i = line["item"]
+        return line["by"] == by and i < len(items) and line.get("made") == made(items, i)
+
     def known_scores():
-        return read_notes(f"{stem}.scores", lambda line: line["by"] == by)  # those by anything else do not count
+        return read_notes(f"{stem}.scores", counts)
 
     known = known_scores()
     if len(known) < len(items):
@@ -122,7 +127,7 @@ def score_items(items: Items, chosen, clip: ClipScore, count: int, by: str, out:
             scores = iter(clip.scores(good) if good else ())
             for i, pixels, captions in part:
                 result = {"score": next(scores)} if captions else {"bad": str(pixels)}
-                file.write(json.dumps({"item": i, "by": by} | result).encode() + b"\n")
+                file.write(json.dumps({"item": i, "by": by, "made": made(items, i)} | result).encode() + b"\n")
             file.flush()
 
 
@@ -169,10 +174,14 @@ def write_sheet(path: str, items: Items, chosen: list[int], scores: dict[int, di
     sheet = Image.new("RGB", (count * side, len(chosen) * (side + 16)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, i in enumerate(chosen):
-        item, top = items[i], row * (side + 16)
-        for n, picture in enumerate(spaced_frames(item.path, count)):
-            sheet.paste(ImageOps.pad(picture, (side, side)), (n * side, top))
-        draw.text((2, top + side + 2), f"{scores[i]['score']:.2f}  {item.captions[0]}"[:200], fill="black")
+        top, said = row * (side + 16), items.name(i)
+        try:
+            said = items[i].captions[0]
+            for n, picture in enumerate(spaced_frames(items[i].path, count)):
+                sheet.paste(ImageOps.pad(picture, (side, side)), (n * side, top))
+        except Bad as bad:  # since it was scored
+            said += f": {bad}"
+        draw.text((2, top + side + 2), f"{scores[i]['score']:.2f}  {said}"[:200], fill="black")
     with beside(path) as part:
         sheet.save(part, "PNG")
 

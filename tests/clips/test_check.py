@@ -17,7 +17,7 @@ def test_check_counts_by_reason_and_names_every_case(tmp_path, run):
     cut = (tmp_path / "good.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(cut[:-300])
     lines = [{"path": f"{name}.mp4", "caption": "x"} for name in ("good", "short", "copy", "text", "cut", "missing")]
-    lines += [{"path": "good.mp4"}, {"caption": "x"}]
+    lines += [{"path": "good.mp4"}, {"caption": "x"}, {"path": "good.mp4", "caption": "another of the same clip"}]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = run("clips.check", tmp_path / "list.jsonl")
     assert done.returncode == 0, done.stderr
@@ -27,7 +27,7 @@ def test_check_counts_by_reason_and_names_every_case(tmp_path, run):
     assert sorted(found) == [1, 2, 3, 4, 5, 6, 7]
     assert found[1] == "too short" and found[2] == f"the same as {tmp_path}/good.mp4" and found[5] == "missing"
     assert found[6].startswith("no caption: ") and "path" in found[7]
-    assert "8 items; what cannot be used is in" in done.stdout and done.stdout.endswith("\n1 of 8 usable\n")
+    assert "9 items; what cannot be used is in" in done.stdout and done.stdout.endswith("\n2 of 9 usable\n")
     for reason in ("too short", "duplicated", "missing", found[6]):
         assert f"       1  {reason}\n" in done.stdout
 

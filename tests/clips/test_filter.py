@@ -19,7 +19,7 @@ from runs import command
 from safetensors.torch import save_file
 
 from clips.decode import Bad
-from clips.filter import clip_filter, write_list
+from clips.filter import clip_filter, write_list, write_sheet
 from clips.lists import Items
 
 CLIP = "ViT-S-32-alt"  # one of open_clip's smallest; its weights are random here
@@ -137,6 +137,28 @@ def test_scores_of_other_settings_do_not_count(videos, filtered):
     lines = (videos.parent / "videos.csv.scores-0.jsonl").read_text().splitlines()
     assert len(lines) == 20
     assert {json.loads(line)["by"].split(", ")[2] for line in lines} == {"3 frames", "2 frames"}
+
+
+def test_a_clip_or_caption_that_changed_is_scored_again(videos, filtered):
+    file, before = videos.parent / "videos.csv.scores-0.jsonl", scores(videos)
+    rows = videos.read_text().splitlines(keepends=True)
+    rows[1] = rows[1].replace(Items("video", str(videos))[0].captions[0], "another caption")
+    videos.write_text("".join(rows))
+    os.utime(Items("video", str(videos))[1].path, (1, 1))
+    assert filtered("--keep", "0.2", "--frames", "3").returncode == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 12 and {line["item"] for line in lines[10:]} == {0, 1}
+    assert lines[11 if lines[11]["item"] == 0 else 10]["score"] != before[0]["score"]
+
+
+def test_a_clip_that_vanished_after_it_was_scored_is_named_in_the_sheet(videos, filtered):
+    assert filtered("--keep", "0.5", "--frames", "3").returncode == 0
+    items = Items("video", str(videos))
+    scored = json.loads((videos.parent / "videos.csv.scores-0.jsonl").read_text().splitlines()[0])
+    os.remove(items[scored["item"]].path)
+    write_sheet(str(videos.parent / "again.png"), items, [scored["item"]], {scored["item"]: scored}, 3)
+    with Image.open(videos.parent / "again.png") as sheet:
+        assert sheet.size == (3 * 128, 128 + 16)
 
 
 def test_what_is_scored_is_not_scored_again(videos, filtered, monkeypatch):
