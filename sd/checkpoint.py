@@ -109,6 +109,7 @@ def load(path: str, device="cpu", dtype=torch.float32, prediction: str | None = 
             warn(f"{path} was trained with the layout {source.settings.layout!r}, not {layout!r}")
         source.settings = replace(source.settings, layout=layout, layout_options={})
         source.fresh += () if motion else ("layout.",)
+        source.ignored += ("etc.layout.*",)
     if layout_options:
         source.settings = replace(source.settings, layout_options=source.settings.layout_options | layout_options)
     lora = list(lora)

@@ -109,5 +109,6 @@ def at_work(network, device: torch.device):
     try:
         yield
     finally:
-        if elsewhere:
-            network.load_state_dict(home, assign=True)
+        if elsewhere:  # in another precision where that was needed, see sd.vae.decode
+            now = network.state_dict()
+            network.load_state_dict({name: tensor.to(now[name].dtype) for name, tensor in home.items()}, assign=True)

@@ -56,7 +56,8 @@ def merge_lora(model: Model, path: str, scale: float = 1.0):
         alpha = file.get(names["alpha"]).float().mean().item() if "alpha" in names else None
         alpha = alpha_of(part, parameter, i, rank) if alpha is None else alpha
         if not math.isfinite(alpha):
-            raise ValueError(f"{path}: {names['alpha']} must be a finite number, got {alpha}")
+            what = names.get("alpha", "lora_alpha in its header")
+            raise ValueError(f"{path}: {what} must be a finite number, got {alpha}")
         pairs.append((weight, names, scale * alpha / rank))
     for weight, names, factor in pairs:
         down, up = (file.get(names[end]).float().flatten(1) for end in ("down", "up"))
@@ -132,7 +133,7 @@ def told_alphas(path: str, file: Opened, places):
             rooted += [part] * bool(told.get(f"{home}use_rslora"))
             for layer, alpha in (told.get(f"{home}alpha_pattern") or {}).items():
                 exact[places.get(flat(home + layer), (None,))[:3]] = float(alpha)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its header (lora_adapter_metadata) is damaged: {one_line(error)}") from error
 
     def alpha(part, parameter, i, rank):

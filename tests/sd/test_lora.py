@@ -212,6 +212,19 @@ def test_what_is_no_lora_of_this_model_is_named(tensors, says, tmp_path):
     assert says in str(refusal.value) and path in str(refusal.value)
 
 
+@pytest.mark.parametrize("alpha, says", [
+    ("NaN", "lora_alpha in its header must be a finite number, got nan"),
+    ("9" * 400, "its header (lora_adapter_metadata) is damaged: int too large to convert to float"),
+])
+def test_an_alpha_of_the_header_that_is_no_number_is_told(alpha, says, tmp_path):
+    path = str(tmp_path / "lora.safetensors")
+    save_file({f"{GOOD}.lora_down.weight": torch.ones(4, 16, 3, 3), f"{GOOD}.lora_up.weight": torch.ones(16, 4, 1, 1)},
+              path, {"lora_adapter_metadata": f'{{"unet.lora_alpha": {alpha}}}'})
+    with pytest.raises(ValueError) as refusal:
+        merge_lora(copy.deepcopy(small()), path)
+    assert says in str(refusal.value) and path in str(refusal.value)
+
+
 def test_a_lora_that_does_not_fit_in_one_layer_changes_none(tmp_path):
     path, model = str(tmp_path / "lora.safetensors"), copy.deepcopy(small())
     names = [f"lora_unet_{layer}" for layer in ("conv_in", "conv_out", "down_blocks_0_downsamplers_0_conv")]
