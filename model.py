@@ -141,7 +141,6 @@ class Grid(nn.Module):
     by a `past(unet)` as beyond/causal.py has it? And three hooks, on h (B, H, W, C) or (B, C, H, W).
     """
 
-    name = "grid"
     per_frame = False
     goes_on = False
     positions = None  # the most frames of a clip; None: any number

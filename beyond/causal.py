@@ -38,7 +38,6 @@ class Causal(Grid):
     on options that are out of range.
     """
 
-    name = "causal"
     per_frame = True
     goes_on = True
 

@@ -29,7 +29,6 @@ class Swap(Temporal):
     Options, and what is raised, are those of `Temporal`.
     """
 
-    name = "swap"
 
     def __init__(self, cfg: UNetConfig, positions: int = 32, middle: bool = True):
         super().__init__(cfg, positions, middle)

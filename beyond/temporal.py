@@ -23,7 +23,6 @@ class Temporal(Grid):
     Raises ValueError on options that are out of range.
     """
 
-    name = "temporal"
     per_frame = True
 
     def __init__(self, cfg: UNetConfig, positions: int = 32, middle: bool = True):

@@ -239,6 +239,7 @@ def test_a_long_video_is_sampled_frame_by_frame(micro):
     nine = generate(model, request, progress=lambda *given: steps.append(given[2].shape))
     assert nine.shape == (1, 9, 32, 32, 3) and steps == [(1, 4, 4, 4)] * 18
     assert np.array_equal(generate(model, replace(request, frames=6)), nine[:, :6])
+    assert np.array_equal(generate(model, replace(request, frames=7)), nine[:, :7])  # which make no grid
     for guidance in (1.0, lambda t: 1.0 if t < 500 else 3.0):  # one half of guidance, and first both
         past, x = model.unet.layout.past(model.unet), torch.randn(1, 4, 4, 4)
         context, negative, fps = torch.randn(1, 77, 32), torch.randn(1, 77, 32), torch.tensor([8.0])
