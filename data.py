@@ -205,10 +205,11 @@ class Faults:
     def __init__(self, share: float):
         self.share, self.met, self.bad, self.named = share, 0, 0, set()
 
-    def add(self, batch: Batch):
-        self.met += len(batch.samples) + len(batch.faults)
-        self.bad += len(batch.faults)
-        for source, name, reason in batch.faults:
+    def add(self, good: int, faults: list[tuple[str, str, str]]):
+        """Count so many that are good, and others: (source, name, reason) each."""
+        self.met += good + len(faults)
+        self.bad += len(faults)
+        for source, name, reason in faults:
             if name not in self.named:
                 self.named.add(name)
                 warn(f"skipped {source} {name}: {reason}")

@@ -27,7 +27,7 @@ import cli
 import sd
 from beyond.frames import KINDS, UNKNOWN, draw_given, known_frames
 from clips.samples import first_clips
-from clips.write import write_video
+from clips.write import contact_sheet, write_video
 from data import Batch, Faults, Stream, batches, generator
 from grid import fold, frame_of_pixel, grid_shape
 from sample import NoiseSchedule, Request, generate
@@ -40,7 +40,7 @@ from training.low_rank import save_lora
 from training.muon import parameter_groups
 from training.offload import OffloadAdamW
 from training.ranks import Interrupt, Ranks
-from training.setup import check_inputs, loss_of, make_model, make_ready, open_clips
+from training.setup import check_inputs, loss_of, make_model, make_ready, open_clips, weights_dtype
 from training.vae import VAETask
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,6 +107,8 @@ class UNetTask:
 
     def __init__(self, cfg: Config, model: sd.Model, lists: dict[str, str], ranks: Ranks):
         self.model, self.ranks, self.faults = model, ranks, Faults(cfg.max_bad)
+        if cfg.prompts or cfg.sheet_clips:
+            Request(cfg.prompts or ("of a clip",)).resolve(model)  # raises what no sheet could be made of
         self.clips = open_clips(cfg, model, lists, ranks.device)
         self.data = self.clips.data
         self.module = Denoising(model, cfg, model.text if self.clips.empty_context is None else None)
@@ -137,7 +139,7 @@ class UNetTask:
 
     def clean(self, batch: Batch):
         """Latents, prompt and FPS."""
-        self.faults.add(batch)
+        self.faults.add(len(batch.samples), batch.faults)
         prompt = self.model.text.tokenize(batch.captions)[0] if batch.context is None else batch.context
         scale = self.model.settings.latent_scale
         latents = batch.latents(self.model.vae, scale, self.cfg.frames, self.cfg.draw_latents)
@@ -150,7 +152,8 @@ class UNetTask:
     def validation(self):
         """(name, arguments of the module): what was held out at fixed timesteps, always under the same noise; with
         given frames in training also with each kind of these."""
-        self.held_out = self.held_out or self.clean(self.stream.validation())
+        with self.ranks.patient("validation"):  # clips that were not encoded ahead are decoded here
+            self.held_out = self.held_out or self.clean(self.stream.validation())
         n, kinds = len(self.held_out[0]), ["", *KINDS] if self.cfg.given_share else [""]
         for kind, t in product(kinds, VALIDATION_TIMESTEPS):
             noise = self.noise(generator("validation", t, i) for i in range(n))
@@ -166,8 +169,8 @@ class UNetTask:
         return self.model
 
     def sheet(self, model: sd.Model):
-        """Samples of the config's prompts, a row of frames each, then the pairs of `sheet_clips`: uint8 (N, H, W, 3);
-        None where there are none."""
+        """A picture uint8 (H, W, 3) of samples of the config's prompts, a row of frames each, then of the pairs of
+        `sheet_clips`; None where there are none."""
         clips = first_clips(self.stream.clips, self.cfg.sheet_clips)
         prompts = (*self.cfg.prompts, *(clip.caption for clip in clips))
         if not prompts:
@@ -182,7 +185,7 @@ class UNetTask:
         rows, made = list(videos[: len(self.cfg.prompts)]), videos[len(self.cfg.prompts) :]
         for clip, video in zip(clips, made):
             rows += [clip.seen(model.vae), video]
-        return np.concatenate(rows)
+        return contact_sheet(np.concatenate(rows), cols=len(rows[0]))
 
     @staticmethod
     def example(cfg: Config, model: sd.Model):
@@ -288,13 +291,13 @@ def run(cfg: Config, ranks: Ranks, task):
                 raise ValueError(f"step {done}: {MAX_BAD_STEPS} gradients in a row are not finite; look at the data of "
                                  "these steps, at lr, and whether dtype = bfloat16 trains")
             # killed in between, a run does both again; asked to stop, it saves while it may
+            began = time.time()
             if (done % cfg.sheet_every == 0 or last) and not stopped:
-                began = time.time()
                 show(cfg, ranks, task, optimizer, log, done)
-                log.time += time.time() - began  # no part of the steps' speed
             if done % cfg.save_every == 0 or last or stopped:
                 with ranks.patient("checkpoint"):  # a slow disk is no reason to end the job
                     save_run(cfg, ranks, done, module, optimizer, scale, log, task.data)
+            log.time += time.time() - began  # no part of the steps' speed
             if stopped or last:
                 ranks.together()  # torchrun, or NCCL, ends whoever is still saving
             if stopped:
@@ -305,7 +308,7 @@ def run(cfg: Config, ranks: Ranks, task):
 
 def make_trainable(cfg: Config, ranks: Ranks, task):
     """The task's module on its device, the same as DDP sees it, and the optimizer."""
-    module = task.module.to(ranks.device, torch.float64 if cfg.dtype == "float64" else torch.float32)
+    module = task.module.to(ranks.device, weights_dtype(cfg))
     if ranks.device.type == "cpu":  # oneDNN's convolutions are faster so
         module.to(memory_format=torch.channels_last)
     ddp = module
@@ -348,9 +351,9 @@ def show(cfg: Config, ranks: Ranks, task, optimizer: OffloadAdamW, log: Log, ste
         name, save = ("lora.safetensors", save_lora) if cfg.lora_rank else ("model.safetensors", sd.save)
         with in_host_memory, ranks.patient(name):
             save(model, os.path.join(cfg.out_dir, name))
-        frames = task.sheet(model)
-        if frames is not None:
-            write_video(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), frames, 1, {"step": step})
+        sheet = task.sheet(model)
+        if sheet is not None:
+            write_video(os.path.join(cfg.out_dir, f"sheet-{step:08d}.png"), sheet[None], 1, {"step": step})
 
 
 @torch.no_grad()

@@ -181,7 +181,8 @@ def test_a_stream_over_damaged_videos_goes_on(tmp_path):
 def test_faults_are_named_once_and_end_the_run_when_they_are_many(bad_lists, capsys):
     s, faults = stream(LiveClips(bad_lists, SPEC), mix={"caption": 1}, batch_size=8), Faults(0.5)
     for n in range(20):
-        faults.add(s.batch(n))
+        batch = s.batch(n)
+        faults.add(len(batch.samples), batch.faults)
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("warning: skipped caption /") for line in lines)
     assert sorted(line.split("/")[-1] for line in lines) == ["broken.png: not an image that can be read",
@@ -190,7 +191,8 @@ def test_faults_are_named_once_and_end_the_run_when_they_are_many(bad_lists, cap
     with pytest.raises(ValueError, match="more than max_bad = 0.1"):
         for n in range(20, 40):
             faults.share = 0.1
-            faults.add(s.batch(n))
+            batch = s.batch(n)
+            faults.add(len(batch.samples), batch.faults)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -307,6 +307,16 @@ def test_saved_model_is_the_average(finished):
         assert torch.equal(ours, average) and not torch.equal(ours, state["module"][name])
 
 
+@pytest.mark.parametrize("option, says", [
+    ("--prompts=('',)", "prompt must be given and not be empty"),
+    ("--sampling_shift=50", "steps must be fewer with a shift of 50, got 50"),
+])
+def test_what_no_sheet_could_be_made_with_is_told_before_the_first_step(world, finished, copied, option, says):
+    done = train_here(*ci_options(world, copied), f"--out_dir={copied}/other", option)
+    assert done.returncode == 2 and says in done.stderr and "step 1/" not in done.stdout
+    assert not list((copied / "other").glob("*.pt"))
+
+
 def test_dtype_auto_is_resolved_and_said(finished, world, copied, monkeypatch):
     """A checkpoint of one precision goes on in another."""
     monkeypatch.setattr("sd.device.HAS_UNITS", True)

@@ -59,7 +59,7 @@ def is_whole(path: str) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # whatever damage makes zipfile raise
         return False
 
 

@@ -219,7 +219,7 @@ def assignments(path: str) -> dict:
     except (MemoryError, RecursionError) as error:
         raise ValueError(f"{path}: brackets stand too deep in one another") from error
     kinds = typing.get_type_hints(Config)
-    values, docstring = {}, isinstance(tree.body[:1][0], ast.Expr) if tree.body else False
+    values, docstring = {}, ast.get_docstring(tree) is not None
     for node in tree.body[docstring:]:
         where = f"{path}, line {node.lineno}"
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):

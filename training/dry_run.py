@@ -25,7 +25,7 @@ from training.checkpoints import steps_done
 from training.config import Config, stages
 from training.muon import parameter_groups
 from training.offload import OffloadAdamW
-from training.setup import data_lists, loss_of, sample_spec
+from training.setup import check_inputs, data_lists, loss_of, require_current, sample_spec, weights_dtype
 
 SLOW = 2e13  # FLOP: a minute or so of a CPU
 
@@ -156,6 +156,7 @@ def seconds_a_step(cfg: Config, example, shape: ModelConfig, device) -> float:
     """Seconds of a real step of one process, with random weights: the fastest of up to four within a minute."""
     with device:
         module, batch, _ = setting(cfg, example, shape)
+    module.to(weights_dtype(cfg))
     if device.type == "cpu":
         module.to(memory_format=torch.channels_last)
     optimizer = OffloadAdamW(parameter_groups(module, cfg), cfg.ema)
@@ -186,6 +187,10 @@ def announce(parts):
     """
     if int(os.environ.get("RANK", 0)):
         return
+    last = replace(parts[-1][0], vae="")
+    check_inputs(last)  # what is wrong with it is told now, not after the others
+    if os.path.exists(last.encoded):
+        require_current(last)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     whole, knew = 0, os.path.basename(parts[-1][0].init)
     for n, (cfg, example) in enumerate(parts, 1):
@@ -223,11 +228,13 @@ def seconds_of_clips(cfg: Config) -> float:
 
 
 def seconds_of_sheets(cfg: Config, example, device) -> float:
-    """Seconds to sample all sheets of a run, by one forward pass."""
-    if cfg.train == "vae":
+    """Seconds to sample the sheets of a run that are left, by one forward pass."""
+    done = steps_done(cfg.out_dir)
+    if cfg.train == "vae" or done >= cfg.max_steps:
         return 0.0
     with device:
         module, batch, _ = setting(cfg, example, shape_of(cfg))
+    module.to(weights_dtype(cfg))
     seconds = []
     with torch.no_grad():
         for _ in range(2):
@@ -235,4 +242,4 @@ def seconds_of_sheets(cfg: Config, example, device) -> float:
             loss_of(cfg, module, batch, device)
             seconds.append(time.perf_counter() - began)
     forwards = 2 * Settings().sampling_steps * (len(cfg.prompts) + cfg.sheet_clips) / cfg.batch_size
-    return min(seconds) * forwards * math.ceil(cfg.max_steps / cfg.sheet_every)
+    return min(seconds) * forwards * (math.ceil(cfg.max_steps / cfg.sheet_every) - done // cfg.sheet_every)

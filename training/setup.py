@@ -191,9 +191,14 @@ def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> Live
 # A batch through the module
 
 
+def weights_dtype(cfg: Config) -> torch.dtype:
+    """Of what is trained, whatever autocast makes of it."""
+    return torch.float64 if cfg.dtype == "float64" else torch.float32
+
+
 def loss_of(cfg: Config, module, batch, device) -> torch.Tensor:
     """Loss of each sample (B,), in the precision of the run."""
-    whole = torch.float64 if cfg.dtype == "float64" else torch.float32
+    whole = weights_dtype(cfg)
     batch = [x.to(device, whole if x.is_floating_point() else x.dtype, non_blocking=True) for x in batch]
     with precision(getattr(torch, cfg.dtype), device):
         return module(*batch)

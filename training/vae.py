@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from cli import warn
 from clips.changes import hash_of
 from clips.decode import Bad
 from clips.lists import Items
 from clips.samples import Spec, offered_fps, read_sample, video_of
-from data import generator
+from clips.write import contact_sheet
+from data import Faults, generator
 from sd import Model
 from sd.vae import to_uint8
 from training.config import Config, Stage
@@ -46,10 +46,10 @@ class VAETask:
     def __init__(self, cfg: Config, model: Model, lists: dict[str, str], ranks: Ranks):
         self.module, self.cfg, self.model, self.ranks = Autoencoding(model, cfg), cfg, model, ranks
         spec = sample_spec(cfg)
-        self.pool = frame_pool(lists, cfg.frame_pool, spec, slice(0, -cfg.validation or None))
+        self.pool = frame_pool(lists, cfg.frame_pool, spec, slice(0, -cfg.validation or None), cfg.max_bad)
         if cfg.validation:
             held_out = slice(-cfg.validation, None)
-            self.held_out = frame_pool(lists, cfg.validation * len(lists), spec, held_out)
+            self.held_out = frame_pool(lists, cfg.validation * len(lists), spec, held_out, cfg.max_bad)
         self.data = hash_of(self.pool.numpy())
         factor = model.vae.cfg.downsampling
         self.latent = model.vae.cfg.latent_channels, cfg.height // factor, cfg.width // factor
@@ -75,11 +75,11 @@ class VAETask:
         return replace(self.model, settings=replace(self.model.settings, latent_scale=self.latent_scale()))
 
     def sheet(self, model: Model):
-        """Some frames and what comes back of them: uint8 (N, H, W, 3)."""
+        """Some frames, and below them what comes back: uint8 (H, W, 3)."""
         images = self.pool[:32].to(model.vae.quant_conv.weight) / 127.5 - 1
         with torch.no_grad():
             decoded = model.vae.decode(model.vae.encode(images)[0])
-        return to_uint8(torch.cat([images, decoded])).cpu().numpy()
+        return np.concatenate([contact_sheet(to_uint8(part).cpu().numpy()) for part in (images, decoded)])
 
     @staticmethod
     def example(cfg: Config, model: Model):
@@ -97,13 +97,14 @@ class VAETask:
         return 1 / torch.cat(means).std().item()
 
 
-def frame_pool(lists: dict[str, str], count: int, spec: Spec, which=slice(None)) -> torch.Tensor:
+def frame_pool(lists: dict[str, str], count: int, spec: Spec, which=slice(None), max_bad=1.0) -> torch.Tensor:
     """`count` frames drawn evenly from the sources, for training a VAE: uint8 (count, 3, H, W), in memory.
 
-    spec   of a video there are at most spec.frames, at the lowest FPS at which they fit into it
-    which  of each list's items
+    spec     of a video there are at most spec.frames, at the lowest FPS at which they fit into it
+    which    of each list's items
+    max_bad  share of them that may be unusable, else ValueError
     """
-    rng, pool = np.random.default_rng(spec.seed), []
+    rng, pool, faults = np.random.default_rng(spec.seed), [], Faults(max_bad)
     for source, path in lists.items():
         items = Items(source, path, spec.captions)
         chosen = np.arange(len(items))[which]
@@ -116,9 +117,11 @@ def frame_pool(lists: dict[str, str], count: int, spec: Spec, which=slice(None))
                 item = items[i]
                 with video_of(source, item) as video:
                     fps = offered_fps(source, video, few)[0]
-                    pool.append(read_sample(source, i, item, video, few, fps, 0).data)
+                    sample = read_sample(source, i, item, video, few, fps, 0)
+                pool.append(sample.data)
+                faults.add(1, [(source, *skipped) for skipped in sample.skipped])
             except Bad as bad:
-                warn(f"skipped {source} {items.name(i)}: {bad}")
+                faults.add(0, [(source, items.name(i), str(bad))])
     if not pool:
         raise ValueError(f"no frame of {', '.join(lists.values())} can be used: the reasons are above")
     return torch.cat(pool)

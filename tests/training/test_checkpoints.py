@@ -99,6 +99,16 @@ def test_a_run_that_is_killed_at_any_time_ends_with_the_same_weights(processes, 
 # Resumed
 
 
+@pytest.mark.parametrize("place", [6, 8])  # of an entry's head: the version that it needs, and whether it is encrypted
+def test_whatever_damage_does_to_a_checkpoint_it_is_not_whole(copied, place):
+    path = copied / "run" / "step-00000020.pt"
+    assert is_whole(str(path))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + place] ^= 0x41
+    path.write_bytes(data)
+    assert not is_whole(str(path))
+
+
 def test_a_damaged_checkpoint_is_passed_over(finished, copied, world):
     newest = copied / "run" / "step-00000020.pt"
     data, name = bytearray(newest.read_bytes()), "unet.time_embed.0.weight"

@@ -71,6 +71,7 @@ FILES = {
     b"\nbatch_size = 8.5": "line 2: batch_size must be a whole number, got 8.5",
     b"lr = 'high'": "lr must be a number, got 'high'",
     b"train_text = 1": "train_text must be True or False, got 1",
+    b"lr == 2e-5": "line 1: a config holds assignments of plain values, nothing else",
     b"import os": "line 1: a config holds assignments of plain values, nothing else",
     b"lr = float('1')": "lr must be a plain value",
     b"batch_size = = 3": "line 1: invalid syntax",

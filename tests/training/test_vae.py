@@ -71,6 +71,14 @@ def test_frames_that_cannot_be_used_are_told(bad_lists, tmp_path, capsys):
     pool = frame_pool({"caption": bad_lists["caption"]}, 8, SPEC)
     assert pool.shape == (6, 3, 32, 32)
     assert capsys.readouterr().err.count("warning: skipped caption") == 2
+    shutil.copytree(bad_lists["label"], tmp_path / "labels")
+    (next((tmp_path / "labels").iterdir()) / "broken.png").write_text("no image")
+    assert len(frame_pool({"label": str(tmp_path / "labels")}, 500, SPEC))
+    assert "/broken.png: not an image that can be read" in capsys.readouterr().err
+    many = tmp_path / "many.jsonl"
+    many.write_text('{"path": "missing.mp4", "caption": "x"}\n' * 120)
+    with pytest.raises(ValueError, match="100 of 100 samples cannot be used, more than max_bad = 0.9"):
+        frame_pool({"video": str(many)}, 120, SPEC, max_bad=0.9)
     with pytest.raises(ValueError, match="no frame of .*videos.jsonl can be used"):
         frame_pool({"video": str(tmp_path / "videos.jsonl")}, 8, SPEC)
 
@@ -80,7 +88,7 @@ def test_a_run_in_two_parts(world, run, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     (tmp_path / "vae.py").write_text('train = "vae"\nmodel = "micro"\nmax_steps = 2\nbatch_size = 2\nframe_pool = 16')
     options = [*ci_options(tmp_path / "world", tmp_path), f"--vae={tmp_path}/vae.py", "--max_steps=2", "--prompts=()",
-               "--sheet_clips=2", "--mix={'video': 1}"]
+               "--sheet_clips=3", "--mix={'video': 1}"]
     done = train_here(*options, f"--toy={tmp_path}/unseen", "--dry_run")  # where the world is still to be rendered
     assert done.returncode == 0 and done.stdout.count(f"and what it takes to render {tmp_path}/unseen") == 2
     done = train_here(*options)
@@ -90,8 +98,8 @@ def test_a_run_in_two_parts(world, run, tmp_path):
     first, last = (sd.load(f"{tmp_path}/run/{folder}model.safetensors") for folder in ("vae/", ""))
     assert fingerprint(first.vae) == fingerprint(last.vae)
     assert first.settings.latent_scale == last.settings.latent_scale != 1
-    with Image.open(tmp_path / "run" / "sheet-00000002.png") as sheet:  # two clips, and what is made of them
-        assert sheet.size == (4 * 34 - 2, 4 * 34 - 2)
+    with Image.open(tmp_path / "run" / "sheet-00000002.png") as sheet:  # three clips, and below each what is made of it
+        assert sheet.size == (4 * 34 - 2, 6 * 34 - 2)
 
     videos = tmp_path / "world" / "videos.csv"
     videos.write_text(videos.read_text().replace("moving", "going", 1))
@@ -104,6 +112,11 @@ def test_a_run_in_two_parts(world, run, tmp_path):
     assert done.stdout.count(", 0 steps of ") == 2 and "step 2/2" not in done.stdout  # the VAE's run is finished
     clips = Items("video", str(videos))
     shutil.copy(clips[0].path, clips[1].path)
+    done = train_here(*options)
+    assert done.returncode == 2 and "1 of 8 items changed since they were encoded (0 captions, 1 files)" in done.stderr
+    assert "resume from" not in done.stdout  # told before the first part
+    assert run("clips.encode", tmp_path / "encoded", "--ckpt", tmp_path / "run/model.safetensors", "--update",
+               "--video", videos).returncode == 0
     done = train_here(*options)
     assert done.returncode == 2 and "run/vae/step-00000002.pt was trained on other clips or captions" in done.stderr
 
