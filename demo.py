@@ -29,8 +29,8 @@ from clips.gallery import clip_tag, image_tag, media_tag
 from clips.given import load_model, settings_like, settings_of
 from clips.write import claim_paths, playback_fps, write_video
 from grid import fold, grid_shape, unfold
-from lab.evals.attention import AttentionMaps, draw_maps
-from sample import SHIPPED, NoiseSchedule, Request, prepare, stream
+from lab.evals.attention import AttentionMaps, check_mapped, draw_maps
+from sample import SHIPPED, Request, prepare, stream
 from sd.device import at_work
 from sd.vae import decode
 
@@ -67,8 +67,8 @@ class Job:
         self.steps, grid = request.steps * len(request.windows(model)), grid_shape(request.window(model))
         self.notes, fps = model.unseen(request) + model.cut_off(request), playback_fps(request.fps)
         whole, still = len(request.windows(model)) == 1, request.frames == 1
-        if self.attention and (still or not whole or model.unet.layout.per_frame):
-            raise ValueError("attention can be shown of one grid only: choose the layout grid, and fewer frames")
+        if self.attention:
+            check_mapped(model, request)
 
         def progress(i, t, x, x0):
             self.step, now = self.step + 1, time.monotonic()
@@ -81,6 +81,8 @@ class Job:
 
         with AttentionMaps(model.unet, request.frames) if self.attention else nullcontext() as watch:
             frames = np.concatenate(list(stream(model, request, progress=progress, device=studio.device)), axis=1)[0]
+        if self.stopped.is_set():  # the folder may be gone
+            raise CancelledError
         if whole:
             self.show(frames, grid, fps)
         told = settings_of(request, self.options, model.settings.layout, SHIPPED) | {"prompt": "".join(request.prompt)}
@@ -92,7 +94,7 @@ class Job:
         self.files.append(f"{path[:-4]}.json")
         cli.write_text(self.files[-1], json.dumps(told, indent=1, ensure_ascii=False))
         if self.attention:
-            maps = draw_maps(watch.maps, NoiseSchedule(model.settings).sampling_timesteps(request.steps, request.shift))
+            maps = draw_maps(watch.maps, request.timesteps(model))
             self.pictures["attention: row i is frame i, column j the frame that it looks at"] = image_tag(maps)
 
     def show(self, frames: np.ndarray, grid, fps: float):

@@ -33,9 +33,8 @@ class NoiseSchedule:
     """q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, 1 - ᾱ_t), with Stable Diffusion's betas: linear in sqrt(beta).
 
     `zero_snr` shifts and scales sqrt(ᾱ) so that the last timestep is pure noise (Lin et al. 2023, Algorithm 1): only
-    then does a sampler, which starts from pure noise, start from what the model was trained on.
-
-    Raises ValueError on settings that are unknown, or do not go together.
+    then does a sampler, which starts from pure noise, start from what the model was trained on. Raises ValueError on
+    settings that are unknown, or do not go together.
     """
 
     timesteps = 1000
@@ -44,6 +43,7 @@ class NoiseSchedule:
         settings.check()
         self.alphas_cumprod = settings.alphas_cumprod  # (1000,)
         self.prediction, self.spacing = settings.prediction, settings.spacing
+        self.sampling_timesteps(settings.sampling_steps, settings.sampling_shift)  # raises
 
     def signal_and_noise(self, t, like):
         """sqrt(ᾱ_t) and sqrt(1 - ᾱ_t), for t (B,) or a map of timesteps (B, 1, H, W), shaped to multiply `like`."""
@@ -74,9 +74,9 @@ class NoiseSchedule:
         """The timesteps of a sampler with `steps` steps, noisiest first.
 
         "leading" with offset 1 is what published Stable Diffusion pipelines do; it never visits the last timestep.
-        "trailing" starts at the last one, as a zero-SNR schedule needs. A shift s > 1 moves them to where there is more
-        noise, as timestep_shift does in training: the odds u / (1 - u) of u = (t + 1) / 1000 are multiplied by s.
-        Raises ValueError outside 1..1000 steps, and where several would fall on one timestep.
+        "trailing" starts at the last one, as a zero-SNR schedule needs. A shift s > 1 moves them to more noise, as
+        timestep_shift does in training: the odds u / (1 - u) of u = (t + 1) / 1000 are multiplied by s. Raises
+        ValueError outside 1..1000 steps, and where a shift makes several of them one.
         """
         N = self.timesteps
         if not 1 <= steps <= N:
@@ -187,7 +187,7 @@ class Request:
 
     prompt: tuple[str, ...] = option((), "what to show; several prompts make several videos", positional=True)
     negative: str = option("", "what to stay away from", metavar="TEXT")
-    frames: int | None = option(None, "number of frames, 1 is an image (default: as trained)", low=1)
+    frames: int | None = option(None, "number of frames, 1 is an image (default: as trained)", low=1, high=10**6)
     size: tuple[int, int] | None = option(None, "width and height in pixels (default: as trained)", metavar="WxH",
                                           low=1, read=cli.read_size)
     fps: float | None = option(None, "frame rate to show, 1..60; 0: unrelated frames, 120: a still (default: the "
@@ -206,7 +206,7 @@ class Request:
                                                        "model's)", metavar="LOW,HIGH", low=0, high=999)
     guidance_rescale: float | None = option(None, "0..1, against colors too strong (default: 0)", low=0, high=1)
     reuse: int | None = option(None, "steps that share the deep features of one (default: 1)", low=1)
-    fast: bool = option(False, "sampler, steps, guidance_interval and reuse that the model is fast with")
+    fast: bool = option(False, "sampler, steps and all else that the model is fast with, see docs/fast.md")
     known: dict = field(default_factory=dict)  # the frames that are given: number -> uint8 (H, W, 3)
 
     def __post_init__(self):
@@ -224,10 +224,8 @@ class Request:
         check_keys(self.prompts_at, self.prompt, self.blend, self.frames)
         if not self.texts or not all(prompt.strip() for prompt in self.texts):
             raise ValueError('prompt must be given and not be empty, like "a red circle moving right"')
-        for text in (*self.texts, self.negative):
-            if re.search("[\ud800-\udfff]", text):  # how Python keeps bytes of a command line that are no text
-                raise ValueError(f"prompt and negative must be text in UTF-8, got {text!r}")
-        grid_shape(1 if self.overlap else self.frames or 1)
+        for text in filter(re.compile("[\ud800-\udfff]").search, (*self.texts, self.negative)):
+            raise ValueError(f"prompt and negative must be text in UTF-8, got {text!r}")  # how Python keeps bytes
 
     def resolve(self, model: sd.Model) -> "Request":
         """The same with nothing left open. Raises ValueError on what the model cannot do, or memory cannot hold."""
@@ -241,16 +239,20 @@ class Request:
         whole = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         whole.check()
         check_sampling(whole.sampler, whole.eta, whole.guidance_interval)
-        NoiseSchedule(s).sampling_timesteps(whole.steps, whole.shift)  # raises where these do not go together
-        together = whole.window(model)
-        model.check_size(*whole.size, together)
+        whole.timesteps(model)  # raises where steps and shift do not go together
+        length = whole.window(model)
+        model.check_size(*whole.size, length)
         check_known(whole.known, whole.frames, whole.size, only_first=model.unet.layout.goes_on)
-        check_memory(model, together, *whole.size, batch=1 if whole.guidance == 1 else 2)
+        check_memory(model, length, *whole.size, batch=1 if whole.guidance == 1 else 2)
         return whole
 
     def window(self, model: sd.Model) -> int:
         """How many frames of a resolved request are sampled at once, see beyond.frames.window_length."""
         return window_length(self.frames, self.overlap, model.settings.frames, model.unet.layout.goes_on)
+
+    def timesteps(self, model: sd.Model) -> list[int]:
+        """Those of a resolved request, noisiest first."""
+        return NoiseSchedule(model.settings).sampling_timesteps(self.steps, self.shift)
 
     def guidance_at(self, t: int) -> float:
         """Guidance scale of a resolved request at a timestep."""
@@ -280,9 +282,9 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
     """
     request, unet, factor, s = request.resolve(model), model.unet, model.vae.cfg.downsampling, model.settings
     device, count = device or unet.out[2].weight.device, len(request.prompt) or 1
-    together, schedule = request.window(model), NoiseSchedule(s)
-    rows, cols = grid = grid_shape(together)
-    shape = together, unet.cfg.latent_channels, request.size[1] // factor, request.size[0] // factor
+    length, schedule = request.window(model), NoiseSchedule(s)
+    rows, cols = grid = grid_shape(length)
+    shape = length, unet.cfg.latent_channels, request.size[1] // factor, request.size[0] // factor
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or [request.seed] * count]
 
     def noise():
@@ -294,7 +296,7 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
         """(B, L, D), or one a frame (B, T, L, D)."""
         keys = list(request.prompts_at)
         each = contexts_at(frames, keys, contexts, request.blend) if keys else contexts
-        return each[None] if keys and together > 1 else each
+        return each[None] if keys and length > 1 else each
 
     def note(n: int):
         """Tell `past` a finished frame, for both halves of guidance as `denoise` has them."""
@@ -304,7 +306,7 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
     def finished(end: int):
         """Pixels of the frames [shown, end). Latents are kept as long as another window may begin with them."""
         frames = torch.stack([clip[n] for n in range(shown, end)], 1)
-        for n in filter(lambda n: n < end - together, list(clip)):
+        for n in filter(lambda n: n < end - length, list(clip)):
             del clip[n]
         with at_work(model.vae, device):
             return decode(model, frames)
@@ -319,18 +321,17 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
     fps, laid = (torch.full((count,), request.fps, device=device), grid) if request.frames > 1 else (None, None)
     how = dict(steps=request.steps, shift=request.shift, guidance=request.guidance_at, rescale=request.guidance_rescale,
                sampler=request.sampler, eta=request.eta, noise=noise)
-    past = unet.layout.past(unet) if together < request.frames and unet.layout.goes_on else None
+    past = unet.layout.past(unet) if length < request.frames and unet.layout.goes_on else None
+    denoiser = Reuse(unet, request.timesteps(model), request.reuse, past) if request.reuse > 1 else past or unet
     for window in request.windows(model):
         with at_work(unet, device):
             for n in range(shown, window.start) if past else ():
                 note(n)
-            x, context, known, called = noise(), context_of(window), None, past or unet
+            x, context, known = noise(), context_of(window), None
             if any(n in clip for n in window):
                 replaced = () if s.given_trained else (schedule, noise())
                 known = Known([clip.get(n) for n in window], grid, *replaced)
-            if request.reuse > 1:
-                called = Reuse(unet, schedule.sampling_timesteps(request.steps, request.shift), request.reuse, past)
-            run = denoise(called, schedule, x, context, negative.expand_as(context), fps, laid, known=known, **how)
+            run = denoise(denoiser, schedule, x, context, negative.expand_as(context), fps, laid, known=known, **how)
             for i, t, x, x0 in run:
                 require_finite(x, f"the UNet's output at timestep {t}", model)
                 if progress:
@@ -369,8 +370,7 @@ def main(ranks: Ranks):
     options = cli.parse(Options, __doc__)
     if options.like:
         options = cli.parse(Options, __doc__, **settings_like(options, SHIPPED))
-    if options.prompts:
-        options.prompt += read_prompts(options.prompts)
+    options.prompt += read_prompts(options.prompts) if options.prompts else ()
     replace(options, seed=options.seed + options.num - 1).check()
     options.check_files()
     names = [(prompt, options.seed + n) for prompt in options.prompt or options.texts[:1] for n in range(options.num)]

@@ -50,7 +50,8 @@ def pooling_pays(model, size: tuple[int, int], device) -> bool:
 class DPM:
     """DPM-Solver++(2M), the ODE form. It ends at α = 1, where x = x_0.
 
-    Where α = 0 (zero-SNR) the first step is DDIM's, and the second does not look back: h and r are infinite there.
+    Where α = 0 (zero-SNR) the first step is DDIM's, and the second does not look back: h and r are infinite there. Nor
+    does one look back at a step of the same timestep, as 1000 leading ones begin.
     """
 
     steps = 20
@@ -64,7 +65,7 @@ class DPM:
     def step(self, i: int, x, x0, eps):
         """x_t of step i, and the x_0 and ε predicted there -> x of step i + 1."""
         h, direction, last = self.log_snr[i + 1] - self.log_snr[i], x0, i == len(self.alpha) - 2
-        if self.previous is not None and not last:
+        if self.previous is not None and not last and self.log_snr[i] > self.log_snr[i - 1]:
             r = (self.log_snr[i] - self.log_snr[i - 1]) / h
             direction = x0 + (x0 - self.previous) / (2 * r).item()
         self.previous = x0

@@ -87,10 +87,8 @@ class Given:
         fps, overlap = settings.fps if fps is None else fps, self.overlap
         if self.extend and not overlap:
             overlap = min(4, settings.frames - 1) or None
-        clip, told = read_clip("extend", self.extend, width, height, fps) if self.extend else ((), [])
+        clip, told = read_clip("extend", self.extend, width, height, fps, most=self.frames) if self.extend else ((), [])
         frames = self.frames or settings.frames + (max(0, len(clip) - (overlap or 0)) if self.extend else 0)
-        if self.extend and len(clip) >= frames:
-            raise ValueError(f"frames must be > {len(clip)}, which {self.extend} has at {fps:g} FPS, got {frames}")
         gives = [("extend", enumerate(clip))]
         for name, n in (("first", 0), ("last", frames - 1)):
             if getattr(self, name):
@@ -147,10 +145,10 @@ def read_picture(name: str, path: str, width: int, height: int) -> tuple[np.ndar
         return frame, [fitting(path, *image.size, width, height)]
 
 
-def read_clip(name: str, path: str, width: int, height: int, fps: float, keep=()) -> tuple[np.ndarray, list[str]]:
-    """The clip of an option at an FPS -> (uint8 (n, height, width, 3), how it was fitted). Raises ValueError.
+def read_clip(name: str, path: str, width: int, height: int, fps: float, keep=(), most: int | None = None):
+    """The clip of an option at an FPS -> (uint8 (n, height, width, 3), how it was fitted, [text]). Raises ValueError.
 
-    keep  numbers of frames; else all
+    keep  numbers of frames; else all, which must be fewer than `most`
     """
     with usable(name, path), opened(path) as video:
         if not 1 <= fps <= 1.01 * video.rate:  # Equation 6: a clip where frames repeat would be gone on with likewise
@@ -159,6 +157,8 @@ def read_clip(name: str, path: str, width: int, height: int, fps: float, keep=()
         if keep and max(keep) >= count:
             raise ValueError(f"keep must name frames in 0..{count - 1}, as many as {path} has at {fps:g} FPS, got "
                              f"{max(keep)}")
+        if most and count >= most:
+            raise ValueError(f"frames must be > {count}, which {path} has at {fps:g} FPS, got {most}")
         wanted, fitted = sorted(keep or range(count)), {}
         for at in range(0, len(wanted), AT_ONCE):
             part = wanted[at : at + AT_ONCE]

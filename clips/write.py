@@ -184,7 +184,8 @@ def claim_paths(out: str, videos: list[tuple[str, int]], still: bool):
                 names = numbered(os.path.join(out, f"{slug}-seed{seed}"), ".png" if still else ".mp4")
             path = next(filter(claim, names), None)
             if not path:
-                raise ValueError(f"{names[0]} is there already, or is being written: choose another out, or remove it")
+                there = names[0] + ".part" * (not os.path.lexists(names[0]))  # of another process, also a killed one
+                raise ValueError(f"{there} is there already: choose another out, or remove it")
             claimed.append(path)
         yield claimed
     finally:

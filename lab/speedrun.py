@@ -21,6 +21,7 @@ from lab.evals.toy import ANSWERS, grade_prompts
 from lab.metrics import wilson
 from sd.device import precision
 from train import TASKS, UNetTask, train
+from training.checkpoints import steps_done
 from training.config import in_parts, read_config
 from training.log import commit, forget_after
 
@@ -85,16 +86,22 @@ def draw_figure(lines: list[dict], path: str):
 def main():
     require_matplotlib()
     arguments = sys.argv[1:]
-    if not any(word.endswith(".py") for word in arguments):
+    if not any(word.endswith(".py") and not word.startswith("-") for word in arguments):
         arguments = [os.path.join(ROOT, "configs", "tiny.py"), *arguments]
     *before, cfg = in_parts(read_config(arguments, __doc__))
     if cfg.train != "unet":
         raise ValueError('the config must be of train = "unet": what is graded are videos')
+    path, figure = (os.path.join(cfg.out_dir, "speedrun" + kind) for kind in (".jsonl", ".png"))
+    done, graded = steps_done(cfg.out_dir), [seen["step"] for seen in read_results(path)]
+    for step in range(cfg.sheet_every, done + 1, cfg.sheet_every):
+        if step not in graded:
+            raise ValueError(f"{cfg.out_dir} was trained for {done} steps, ungraded at step {step}: choose another "
+                             "out_dir, or remove it")
     for part in before:
         train(part)
         print(f"the VAE: {minutes(part.out_dir, part.max_steps):.1f} minutes")
     train(cfg, TASKS | {"unet": GradedTask})
-    lines, figure = read_results(os.path.join(cfg.out_dir, "speedrun.jsonl")), os.path.join(cfg.out_dir, "speedrun.png")
+    lines = read_results(path)
     print("", *table(lines), "", sep="\n")
     soonest = next((f"after {seen['minutes']:.1f} minutes" for seen in lines if reached(seen)), "not reached")
     print(f"{', '.join(f'{what} {least}%' for what, least in GOAL.items())}: {soonest}")

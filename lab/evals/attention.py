@@ -21,7 +21,7 @@ from cli import beside, check_writable, option, parse, run
 from clips.write import contact_sheet
 from grid import frame_of_pixel, grid_shape
 from model import split_heads
-from sample import SHIPPED, NoiseSchedule, Request, generate
+from sample import SHIPPED, Request, generate
 from sd.device import DTYPES, pick_device, pick_dtype
 
 
@@ -58,6 +58,14 @@ class AttentionMaps:
         scores = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)
         tokens = self.member.sum(0)[:, None].clamp(min=1)  # a small frame may have none
         self.maps.append((self.member.T @ scores @ self.member / tokens).cpu())
+
+
+def check_mapped(model: sd.Model, request: Request):
+    """Raise ValueError unless a resolved request is for one grid, each step of which is sampled whole."""
+    if request.frames == 1 or len(request.windows(model)) > 1 or model.unet.layout.per_frame or len(request.prompt) > 1:
+        raise ValueError("attention can be shown of one grid only: choose the layout grid, one prompt, fewer frames")
+    if request.reuse > 1:
+        raise ValueError("attention cannot be shown where deep features are reused: leave out reuse")
 
 
 def draw_maps(maps: list[torch.Tensor], timesteps: list[int], shown=7, gap=12) -> Image.Image:
@@ -98,13 +106,11 @@ def main():
     device = pick_device(o.device)
     model = sd.load(o.ckpt or SHIPPED, device, pick_dtype(o.dtype, device))
     o = o.resolve(model)
-    if len(o.prompt) > 1 or o.frames == 1:
-        raise ValueError(f"a map is of the frames of one video, not of {len(o.prompt)} with {o.frames}")
+    check_mapped(model, o)
     with AttentionMaps(model.unet, o.frames) as watch, tqdm(total=o.steps, unit="step", file=sys.stderr) as bar:
         generate(model, o, progress=lambda *_: bar.update())
     with beside(o.out) as part:
-        timesteps = NoiseSchedule(model.settings).sampling_timesteps(o.steps, o.shift)
-        draw_maps(watch.maps, timesteps).save(part, "PNG")
+        draw_maps(watch.maps, o.timesteps(model)).save(part, "PNG")
     print(o.out)
 
 

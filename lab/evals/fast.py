@@ -32,7 +32,7 @@ from lab.bench.video import steps_of
 from lab.evals.toy import ANSWERS, EACH, judge, track, trajectory_distances
 from lab.metrics import psnr, wilson
 from lab.toy.grader import centroids
-from sample import SHIPPED, NoiseSchedule, Request, generate
+from sample import SHIPPED, Request, generate
 from sd.files import open_weights
 from training.account import count_flop
 
@@ -248,14 +248,15 @@ def main():
         check_writable(path)
     device, dtype = o.place()
     model = sd.load(ckpt, device, dtype)
-    plain, schedule = Request("any").resolve(model), NoiseSchedule(model.settings)
+    plain = Request("any").resolve(model)
     if plain.frames == 1 or plain.size[0] != plain.size[1]:
         raise ValueError(f"the model must make square videos, got {plain.frames} frames of {plain.size}")
     about = {"ckpt": os.path.basename(ckpt), "weights": fingerprint(model), "guidance": plain.guidance,
              "eta": model.settings.eta, "shift": plain.shift, "seeds": o.seeds,
              "dtype": str(dtype).removeprefix("torch.")}
     about |= {"level": 2} if o.level == 2 else {}
-    known = [one for one in read_results(o.results) if about.items() <= one.items() and one.get("level", 1) == o.level]
+    known = [one for one in read_results(o.results)
+             if about.items() <= ({"shift": 1.0} | one).items() and one.get("level", 1) == o.level]
     done = {(name_of(one["setting"]), one["split"]): one for one in known}
     reused, exact = reused_share(model, plain), ()
 
@@ -264,7 +265,7 @@ def main():
         name = name_of(chosen)
         if (name, split) not in done:
             request = Request("any", **fast_settings(chosen)).resolve(model)
-            spent = forward_equivalents(request, schedule.sampling_timesteps(request.steps, request.shift), reused)
+            spent = forward_equivalents(request, request.timesteps(model), reused)
             same_noise = split == "val" and request.eta == 0 and request.sampler in ("ddim", "dpm++")
             seen = measure(model, request, split, o.seeds, name, exact if same_noise else (), o.level)
             done[name, split] = {"setting": chosen, "split": split, **about, "forwards": round(spent, 2), **seen}

@@ -138,7 +138,7 @@ def main():
     spec = spec_of(model, o.captions)
     request = Request("any", sampler=o.sampler, steps=o.steps, guidance=o.guidance, eta=o.eta).resolve(model)
     clips = read_clips(Items("video", o.video, spec.captions), spec, o.clips)
-    trained = model.settings.origin["vae"].get("config", {})
+    trained = model.settings.origin.get("vae", {}).get("config", {})
     spec = replace(spec, seed=trained.get("seed", 0))
     pool = frame_pool({"video": o.video}, trained["frame_pool"], spec) if trained.get("video") else []
     parts = unseen(clips, pool)

@@ -154,13 +154,12 @@ def grade_fps(model: sd.Model, split: str, fps_values, request: Request, batch_s
     The speed is the median of px a frame along the asked direction, the share that of the clips where it can be read.
     The scatter is the mean distance between the shape in two consecutive frames: large where frames are unrelated.
     """
-    jobs = [(toy.caption(*triple, background), 1000)
-            for triple in toy.triples(split) for background in list(toy.BACKGROUNDS)[:2]]
-    table = {}
+    scenes = [(*triple, background) for triple in toy.triples(split) for background in list(toy.BACKGROUNDS)[:2]]
+    jobs, table = [(toy.caption(*scene), 1000) for scene in scenes], {}
     for fps in fps_values:
         speeds, steps = [], []
-        for (prompt, _), video in zip(jobs, sample_all(model, jobs, replace(request, fps=fps), batch_size)):
-            seen, wanted = toy.grade(video), toy.DIRECTIONS[toy.expected(prompt)[2]]
+        for scene, video in zip(scenes, sample_all(model, jobs, replace(request, fps=fps), batch_size)):
+            seen, wanted = toy.grade(video), toy.DIRECTIONS[scene[2]]
             times = np.flatnonzero(~np.isnan(seen.centers[:, 0]))
             if len(times) < 3:
                 continue
@@ -181,7 +180,7 @@ def grade_task(model: sd.Model, jobs: list[given.Job]) -> Report:
     with tqdm(total=sum(len(job.seeds) for job in jobs), unit="video", desc="sample", file=sys.stderr) as bar:
         for job in jobs:
             for seed, video in zip(job.seeds, generate(model, job.request, seeds=job.seeds)):
-                answers, cut = given.grade(job, video), toy.grade(video).wrong_cut
+                answers, cut = given.grade(job, video), any(toy.grade(video[part]).wrong_cut for part in job.parts)
                 wrong = [name for name, good in answers.items() if not good] + ["wrong cut"] * cut
                 for name, good in (answers | {"all": not wrong}).items():
                     right[name] += good
@@ -291,12 +290,12 @@ def print_shares(report: Report) -> dict:
 def print_fps(table) -> dict:
     """Print the table of `grade_fps` -> the same numbers."""
     numbers = {}
-    print("  FPS   px a frame   10/FPS   ratio   px between frames")
+    print("  FPS   px a frame   10/FPS   ratio   px between frames   clips read")
     for fps, row in table.items():
-        speed, _, scatter = row or (math.nan, 0, math.nan)
+        speed, share, scatter = row or (math.nan, 0, math.nan)
         true = f"{10 / fps:8.2f} {speed * fps / 10:7.2f}" if 1 <= fps <= 60 else " " * 16
-        print(f"  {fps:>3}   {speed:10.3f} {true}   {scatter:17.2f}")
-        numbers[f"fps {fps}"] = {"px_per_frame": speed, "px_between_frames": scatter}
+        print(f"  {fps:>3}   {speed:10.3f} {true}   {scatter:17.2f}   {share:10.0%}")
+        numbers[f"fps {fps}"] = {"px_per_frame": speed, "px_between_frames": scatter, "read": share}
     return numbers
 
 

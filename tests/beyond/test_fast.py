@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 import sd
 from beyond.fast import DPM, FAST, Reuse, StochasticDPM, pooling_pays, rescaled
-from sample import DDIM, NoiseSchedule, Request, generate
+from sample import DDIM, SAMPLERS, NoiseSchedule, Request, generate
 from sd.presets import MICRO
 
 EPSILON, V = sd.Settings(), sd.Settings(prediction="v", zero_snr=True, spacing="trailing")
@@ -103,6 +103,16 @@ def test_rescale_by_hand():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Requests
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "dpm++sde"])
+def test_as_many_steps_as_timesteps_are_finite(sampler):
+    """Leading ones begin with the same timestep twice."""
+    schedule = NoiseSchedule(EPSILON)
+    timesteps = schedule.sampling_timesteps(1000)
+    assert timesteps[:2] == [999, 999]
+    for x in run(SAMPLERS[sampler], EPSILON, 1000, torch.randn(1, 4, 2, 2), lambda: torch.randn(1, 4, 2, 2))[:5]:
+        assert x.isfinite().all()
 
 
 def test_steps_are_those_of_the_sampler_where_the_model_has_another(micro):

@@ -164,6 +164,9 @@ def test_files_that_are_there_stay(tmp_path):
     with pytest.raises(ValueError, match="is there already"):
         claim_paths(str(tmp_path / "a.mp4"), [("a cat", 3)], False).__enter__()
     assert os.listdir(tmp_path) == ["a.mp4"]
+    (tmp_path / "b.mp4.part").touch()  # as a killed process leaves it
+    with pytest.raises(ValueError, match=r"b.mp4.part is there already: choose another out, or remove it"):
+        claim_paths(str(tmp_path / "b.mp4"), [("a cat", 3)], False).__enter__()
 
 
 def test_folders_are_left_behind_only_with_something_in_them(tmp_path):

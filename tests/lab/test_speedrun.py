@@ -40,6 +40,13 @@ def test_the_goal_is_reached_where_all_of_it_is():
     assert not any(speedrun.reached(seen | {name: seen[name] - 1}) for name in ("color", "shape", "direction"))
 
 
+def test_a_run_that_was_not_graded_on_the_way_is_refused(run, tmp_path):
+    (tmp_path / "step-00000004.pt").touch()
+    (tmp_path / "speedrun.jsonl").write_text('{"step": 2}\n')
+    done = run("lab.speedrun", "configs/ci.py", f"--out_dir={tmp_path}", "--sheet_every=1")
+    assert done.returncode == 2 and "was trained for 4 steps, ungraded at step 1: choose another" in done.stderr
+
+
 def test_mistakes_are_told_in_one_line(run):
     for arguments, said in ((["configs/tiny_vae.py"], "what is graded are videos"), (["--lrr=3"], "no option 'lrr'")):
         done = run("lab.speedrun", *arguments)

@@ -43,8 +43,10 @@ def test_the_command(run, micro, tmp_path):
 
 
 @pytest.mark.parametrize("options, says", [
-    (["another"], "one video, not of 2 with 4"),
-    (["--frames", 1], "one video, not of 1 with 1"),
+    (["another"], "attention can be shown of one grid only"),
+    (["--frames", 1], "attention can be shown of one grid only"),
+    (["--frames", 8, "--overlap", 2], "attention can be shown of one grid only"),
+    (["--reuse", 2], "attention cannot be shown where deep features are reused"),
     (["--out", "{}/old.png"], "old.png is there already"),
     (["--out", "{}/map.gif"], "out must end in .png"),
     (["--out", "/dev/null/map.png"], "/dev/null"),
