@@ -343,19 +343,23 @@ def headers(tar: str):
 def write_tars(out: str, tars: Tars, chosen: list[int]):
     """Write some items into tars out/00000.tar, 00001.tar, ... of about 1 GiB each: all members of the same name but
     for the ending, as they stand, one item after the other. A folder that is there is replaced when all are written.
+    Raises ValueError where a tar is not what it was when it was opened.
     """
     part, old, written, file = f"{out}.part", f"{out}.old", set(), None
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
     for i in chosen:
         n, row = tars.place(i)
-        places, source = tars.read(n, row, 1)[0][1], tars.heads[n].tar
+        places, head = tars.read(n, row, 1)[0][1], tars.heads[n]
         if (n, places[0][0]) in written:  # two clips of one name
             continue
         written.add((n, places[0][0]))
         if file is None or file.tell() > SHARD:
             file = finished(file) or open(os.path.join(part, f"{len(os.listdir(part)):05d}.tar"), "wb")
-        with open(source, "rb") as whole:
+        with open(head.tar, "rb") as whole:
+            now = os.fstat(whole.fileno())
+            if (now.st_size, now.st_mtime_ns) != (head.size, head.time):
+                raise ValueError(f"{head.tar} has changed since it was looked through: start again")
             for first, behind in places:
                 whole.seek(first)
                 file.write(whole.read(behind - first).ljust(behind - first, b"\0"))

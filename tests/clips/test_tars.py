@@ -348,6 +348,9 @@ def test_tars_of_chosen_items_hold_the_very_members(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "big.tar") as tar:
         assert all((mtime, data) == (1.5, tar.extractfile(name).read()) for _, name, mtime, data in found)
     assert list(read(Items("caption", str(tmp_path / "out"))).values()) == list(read(items).values())[:3]
+    os.utime(tmp_path / "big.tar", (1, 1))  # members may lie elsewhere in it now
+    with pytest.raises(ValueError, match="big.tar has changed since it was looked through"):
+        write_tars(str(tmp_path / "out"), items.tars, [0])
 
 
 def test_filter_writes_its_choice_as_tars(forms, clip_weights, tmp_path, run):
