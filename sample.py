@@ -256,8 +256,7 @@ class Request:
 
     def guidance_at(self, t: int) -> float:
         """Guidance scale of a resolved request at a timestep."""
-        low, high = self.guidance_interval
-        return self.guidance if low <= t <= high else 1.0
+        return self.guidance if self.guidance_interval[0] <= t <= self.guidance_interval[1] else 1.0
 
     def windows(self, model: sd.Model) -> list[range]:
         """The frames that are sampled together, of a resolved request."""
@@ -292,6 +291,15 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
         video = torch.stack([torch.randn(shape, generator=g) for g in generators])
         return fold(video, rows, cols).to(device)
 
+    with at_work(model.text, device):
+        contexts = model.text.encode([*request.texts, request.negative])
+    contexts, negative, clip, shown = contexts[:-1], contexts[-1], {}, 0  # clip: latents (B, C, h, w) by frame
+    if request.known:
+        with at_work(model.vae, device):
+            latents = encode(model, np.stack(list(request.known.values())))
+        clip = {n: latent.expand(count, *shape[1:]).to(device) for n, latent in zip(request.known, latents)}
+    fps, laid = (torch.full((count,), request.fps, device=device), grid) if request.frames > 1 else (None, None)
+
     def context_of(frames: range):
         """(B, L, D), or one a frame (B, T, L, D)."""
         keys = list(request.prompts_at)
@@ -311,14 +319,6 @@ def stream(model: sd.Model, request: Request, *, seeds=None, progress=None, devi
         with at_work(model.vae, device):
             return decode(model, frames)
 
-    with at_work(model.text, device):
-        contexts = model.text.encode([*request.texts, request.negative])
-    contexts, negative, clip, shown = contexts[:-1], contexts[-1], {}, 0  # clip: latents (B, C, h, w) by frame
-    if request.known:
-        with at_work(model.vae, device):
-            latents = encode(model, np.stack(list(request.known.values())))
-        clip = {n: latent.expand(count, *shape[1:]).to(device) for n, latent in zip(request.known, latents)}
-    fps, laid = (torch.full((count,), request.fps, device=device), grid) if request.frames > 1 else (None, None)
     how = dict(steps=request.steps, shift=request.shift, guidance=request.guidance_at, rescale=request.guidance_rescale,
                sampler=request.sampler, eta=request.eta, noise=noise)
     past = unet.layout.past(unet) if length < request.frames and unet.layout.goes_on else None

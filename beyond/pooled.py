@@ -32,7 +32,6 @@ class Pooled(Grid):
     ValueError on options that are out of range.
     """
 
-
     def __init__(self, cfg: UNetConfig, squares: int = 8, reach: int = 16):
         super().__init__()
         for name, value in (("squares", squares), ("reach", reach)):

@@ -29,7 +29,6 @@ class Swap(Temporal):
     Options, and what is raised, are those of `Temporal`.
     """
 
-
     def __init__(self, cfg: UNetConfig, positions: int = 32, middle: bool = True):
         super().__init__(cfg, positions, middle)
         self.swap = nn.ModuleDict({str(number): SwappedAttention(channels, cfg, even=i % 2 == 0)

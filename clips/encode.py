@@ -246,7 +246,7 @@ class Job:
             with beside(os.path.join(self.part, "index.npy")) as array, open(array, "wb") as other:
                 np.save(other, index)
         if os.name == "nt":  # no folder can be renamed there while a file in it is open
-            self.old = None
+            self.old = self.then = None
             lock.close()
         for name in (LEFT, LOCK):
             os.remove(os.path.join(self.part, name))

@@ -93,8 +93,8 @@ class EncodedClips:
         lines, index = (os.path.join(self.folder, name) for name in ("index.jsonl", "index.npy"))
         try:
             lines = np.memmap(lines, np.uint8, "r")
-            index = np.load(index, mmap_mode="r") if os.path.exists(index) else index_of(lines)
-        except (OSError, ValueError, EOFError) as error:
+            index = np.lib.format.open_memmap(index, mode="r") if os.path.exists(index) else index_of(lines)
+        except (OSError, ValueError, EOFError, OverflowError) as error:
             raise self.damaged("index.jsonl", one_line(error)) from error
         if index.dtype == INDEX and index.ndim == 1 and len(index):
             starts = index["start"]
@@ -224,4 +224,4 @@ def as_spec(fields: dict) -> Spec:
 
 def fingerprint(network) -> str:
     """A text that tells one VAE or text tower from another."""
-    return f"{sum(p.double().abs().sum().item() for p in network.parameters()):.6g}"
+    return f"{sum(p.detach().cpu().double().abs().sum().item() for p in network.parameters()):.6g}"

@@ -277,7 +277,7 @@ def read_label(file, at: int, size: int) -> str:
     """The text of a .cls: a number, or a name. Raises Bad."""
     file.seek(at)
     try:
-        text = " ".join(file.read(size).decode().split()) if size <= LABEL_LIMIT else ""
+        text = " ".join(file.read(size).decode().split()) if 0 <= size <= LABEL_LIMIT else ""
     except ValueError as error:
         raise Bad("its label is not text in UTF-8") from error
     if not text or "\0" in text:

@@ -61,7 +61,8 @@ class Settings:
     def alphas_cumprod(self) -> torch.Tensor:
         """ᾱ of the 1000 timesteps of the noise schedule (1000,)."""
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1
-        betas = torch.linspace(self.beta_start**root, self.beta_end**root, 1000, dtype=torch.float64) ** (1 / root)
+        betas = torch.linspace(self.beta_start**root, self.beta_end**root, 1000, dtype=torch.float64,
+                               device="cpu") ** (1 / root)  # other devices may lack this precision
         signal = (1 - betas).cumprod(0).sqrt()  # sqrt(ᾱ)
         if self.zero_snr:
             signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])

@@ -137,7 +137,6 @@ def test_as_many_as_there_are_frames(shape, grid, says):
 class Frames(Grid):
     """Frames one by one, as every layout with a time of its own has them; notes what its hooks are given."""
 
-    name = "frames"
     per_frame = True
 
     def __init__(self):

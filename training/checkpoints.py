@@ -3,6 +3,7 @@
 import os
 import re
 import zipfile
+from copy import deepcopy
 from dataclasses import asdict
 
 import torch
@@ -92,7 +93,7 @@ def load_run(cfg: Config, ranks: Ranks, path: str, module, optimizer: OffloadAda
     try:
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
-        before, logged = state["samples"], state["log"]  # an early version did not write them
+        before, logged = state["samples"], deepcopy(state["log"])  # an early version did not write them
     except (KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is of another model or optimizer than the config's: choose another out_dir "
                          f"({str(error).splitlines()[0]})") from error

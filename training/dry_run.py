@@ -239,7 +239,7 @@ def seconds_of_sheets(cfg: Config, example, device) -> float:
     with torch.no_grad():
         for _ in range(2):
             began = time.perf_counter()
-            loss_of(cfg, module, batch, device)
+            loss_of(cfg, module, batch, device).cpu()
             seconds.append(time.perf_counter() - began)
     forwards = 2 * Settings().sampling_steps * (len(cfg.prompts) + cfg.sheet_clips) / cfg.batch_size
     return min(seconds) * forwards * (math.ceil(cfg.max_steps / cfg.sheet_every) - done // cfg.sheet_every)

@@ -18,7 +18,7 @@ from sd import Model, Settings, build, load
 from sd.device import precision
 from sd.presets import PRESETS, ModelConfig
 from sd.sources import is_repository
-from training.config import Config, portable
+from training.config import Config, portable, stages
 from training.low_rank import add_low_rank
 from training.ranks import Ranks
 
@@ -51,6 +51,9 @@ def make_model(cfg: Config) -> Model:
         given_trained=settings.given_trained or cfg.train == "unet" and cfg.given_share > 0)
     NoiseSchedule(model.settings)  # raises where they do not go together
     model.check_size(cfg.width, cfg.height, cfg.frames if cfg.train == "unet" else 1)
+    if cfg.train == "unet" and model.unet.layout.goes_on and any(stage.cfg.frames == 1 for stage in stages(cfg)):
+        raise ValueError(f"frames must be > 1 at every step with the layout {model.settings.layout!r}: a single frame "
+                         "has none before it, from which its layers would learn")
     if cfg.lora_rank:
         if model.unet.layout.per_frame and not settings.grid_trained:
             raise ValueError(f"lora_rank needs layers over time that were trained: those of layout {settings.layout!r} "

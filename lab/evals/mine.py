@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import sd
 from cli import check_writable, option, parse, run
-from clips.decode import Bad, frames_at, opened, usable_fps
+from clips.decode import Bad, frames_at, opened
 from clips.lists import Items
 from clips.pictures import View, fit_frame
-from clips.samples import Spec
+from clips.samples import Spec, offered_fps
 from clips.write import write_video
 from lab.bench import timing
 from lab.metrics import psnr, wilson
@@ -58,9 +58,7 @@ def read_clips(items: Items, spec: Spec, count: int) -> list[Clip]:
         try:
             item = items[i]
             with opened(item.path) as video:
-                offered = usable_fps(video.rate, video.duration, spec.frames, spec.fps_values)
-                if not offered:
-                    raise Bad("too short")
+                offered = offered_fps("video", video, spec)
                 times = np.arange(math.ceil(2 * video.duration * offered[0] - 1e-6)) / 2 / offered[0]
                 frames = [fit_frame(frame, video.aspect, spec.width, spec.height, view)
                           for frame in frames_at(video, times)]
@@ -91,8 +89,7 @@ def make(model: sd.Model, clips: list[Clip], request: Request, batch_size=10) ->
             same = [n for n, clip in enumerate(clips) if clip.fps == fps]
             for at in range(0, len(same), batch_size):
                 part = same[at : at + batch_size]
-                asked = Request(tuple(clips[n].caption for n in part), fps=fps, steps=request.steps,
-                                guidance=request.guidance, eta=request.eta, sampler=request.sampler)
+                asked = replace(request, prompt=tuple(clips[n].caption for n in part), fps=fps)
                 for n, video in zip(part, generate(model, asked, seeds=part)):
                     made[n] = torch.from_numpy(video).permute(0, 3, 1, 2)
                 bar.update(len(part))

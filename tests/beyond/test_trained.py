@@ -15,7 +15,6 @@ from sd.settings import LAYOUTS
 class Blind(Grid):
     """What a layout of three lines can be: frames one by one, without time."""
 
-    name = "blind"
     per_frame = True
 
 

@@ -23,7 +23,8 @@ CI, CPU = f"{ROOT}/configs/ci.py", torch.device("cpu")
     (["--width=100"], "width must be divisible by 8, .*got 100"),
     (["--width=40", "--frames=6"], "must make a grid that the UNet can halve"),
     (["--prediction=x"], "prediction must be"), (["--prediction=epsilon"], "zero_snr needs prediction"),
-    (["--init=INIT", "--fps_embedding=False"], "must be True for a model that is loaded")])
+    (["--init=INIT", "--fps_embedding=False"], "must be True for a model that is loaded"),
+    (["--layout=causal", "--frames=1"], "frames must be > 1 at every step with the layout 'causal'")])
 def test_what_cannot_be_trained_is_refused_before_anything_is_encoded(micro, options, says):
     with pytest.raises(ValueError, match=says):
         make_model(read_config([CI, *(option.replace("INIT", micro) for option in options)]))
@@ -43,15 +44,15 @@ def test_latents_of_another_vae_are_refused(finished):
         open_clips(cfg, make_model(cfg), {}, CPU)
 
 
-def test_a_folder_encoded_with_other_options_is_refused(finished, world):
-    done = train_here(*ci_options(world, finished[0]), "--fps_values=(8,)")
+def test_a_folder_encoded_with_other_options_is_refused(finished, world, tmp_path):
+    done = train_here(*ci_options(world, finished[0]), f"--out_dir={tmp_path}/run", "--fps_values=(8,)")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "was encoded with fps_values = (4, 8), the config says (8,)" in done.stderr
 
 
 @pytest.mark.parametrize("n", [8, 80])
-def test_validation_that_leaves_nothing_is_refused(finished, world, n):
-    done = train_here(*ci_options(world, finished[0]), f"--validation={n}")
+def test_validation_that_leaves_nothing_is_refused(finished, world, n, tmp_path):
+    done = train_here(*ci_options(world, finished[0]), f"--out_dir={tmp_path}/run", f"--validation={n}")
     assert done.returncode == 2 and re.search(r"train.py: .*validation.* 8 .*video", done.stderr), done.stderr
 
 
