@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,7 +177,7 @@ def test_timesteps_of_a_step_have_a_stratum_each(shift, width):
 def make_task(folder, rank=0, world=1, **options):
     cfg = dataclasses.replace(read_config([CI, f"--encoded={folder}/encoded"]), drop_caption=0.5, **options)
     torch.manual_seed(0)
-    ranks = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+    ranks = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), patient=nullcontext)
     task = train.UNetTask(cfg, make_model(cfg), {}, ranks)
     task.begin(stages(cfg, world)[0], 0)
     return task
