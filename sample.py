@@ -251,7 +251,7 @@ class Request:
         return window_length(self.frames, self.overlap, model.settings.frames, model.unet.layout.goes_on)
 
     def timesteps(self, model: sd.Model) -> list[int]:
-        """Those of a resolved request, noisiest first."""
+        """The timesteps of a resolved request, noisiest first."""
         return NoiseSchedule(model.settings).sampling_timesteps(self.steps, self.shift)
 
     def guidance_at(self, t: int) -> float:

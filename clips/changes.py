@@ -73,7 +73,7 @@ def hexes(made: tuple[int, int]) -> str:
 
 
 def made(items: Items, i: int) -> str:
-    """What an item is made from, in a line about it: of another one the line says nothing."""
+    """The two hashes of an item as text. A line of notes keeps it, and counts only while the item has the same."""
     return hexes(hashes(items, i))
 
 

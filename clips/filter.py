@@ -115,19 +115,20 @@ def score_items(items: Items, chosen, clip: ClipScore, count: int, by: str, out:
     """Append a line to a file for each chosen item: its score, or why it has none."""
 
     def load(i):
+        of = made(items, i)
         try:
             item = items[i]
-            return i, clip.pixels(spaced_frames(item.path, count)), item.captions
+            return i, of, clip.pixels(spaced_frames(item.path, count)), item.captions
         except Bad as bad:
-            return i, bad, None
+            return i, of, bad, None
 
     with appending(out) as file, in_threads(load, chosen, ahead=BATCH) as loaded:
         while part := list(itertools.islice(loaded, BATCH)):
-            good = [(pixels, captions) for _, pixels, captions in part if captions]
+            good = [(pixels, captions) for *_, pixels, captions in part if captions]
             scores = iter(clip.scores(good) if good else ())
-            for i, pixels, captions in part:
+            for i, of, pixels, captions in part:
                 result = {"score": next(scores)} if captions else {"bad": str(pixels)}
-                file.write(json.dumps({"item": i, "by": by, "made": made(items, i)} | result).encode() + b"\n")
+                file.write(json.dumps({"item": i, "by": by, "made": of} | result).encode() + b"\n")
             file.flush()
 
 

@@ -145,8 +145,9 @@ def read_picture(name: str, path: str, width: int, height: int) -> tuple[np.ndar
         return frame, [fitting(path, *image.size, width, height)]
 
 
-def read_clip(name: str, path: str, width: int, height: int, fps: float, keep=(), most: int | None = None):
-    """The clip of an option at an FPS -> (uint8 (n, height, width, 3), how it was fitted, [text]). Raises ValueError.
+def read_clip(name: str, path: str, width: int, height: int, fps: float, keep=(), most: int | None = None
+              ) -> tuple[np.ndarray, list[str]]:
+    """The clip of an option at an FPS -> (uint8 (n, height, width, 3), how it was fitted). Raises ValueError.
 
     keep  numbers of frames; else all, which must be fewer than `most`
     """

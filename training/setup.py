@@ -195,7 +195,7 @@ def open_clips(cfg: Config, model: Model, lists: dict[str, str], device) -> Live
 
 
 def weights_dtype(cfg: Config) -> torch.dtype:
-    """Of what is trained, whatever autocast makes of it."""
+    """The precision that trained weights are kept in, whatever autocast computes in."""
     return torch.float64 if cfg.dtype == "float64" else torch.float32
 
 

@@ -247,7 +247,7 @@ def ablate(study: str, results: str):
     todo = [(variant, seed) for seed in range(SEEDS) for variant in STUDIES[study] if (variant.name, seed) not in done]
     if not todo:
         return
-    cfg = prepare_runs(study)
+    cfg, recipe = prepare_runs(study), recipe_of("run", study)  # now: later the files may be others
     workers = torch.get_num_threads()
     print(f"runs: {len(todo)}, {workers} at a time; what they say goes to {cfg.out_dir}/*/log", flush=True)
     context = get_context(start_method())  # a fork of this process could neither use a GPU nor all of torch
@@ -257,7 +257,7 @@ def ablate(study: str, results: str):
         try:
             futures = [pool.submit(one_run, cfg, *it) for it in todo]
             for n, future in enumerate(as_completed(futures), 1):
-                result = future.result() | {"recipe": recipe_of("run", study)}
+                result = future.result() | {"recipe": recipe}
                 with open(results, "a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")
                 print(f"{n} of {len(todo)}: {result['variant']}, seed {result['seed']}", flush=True)
