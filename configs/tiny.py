@@ -14,8 +14,8 @@ train_text = True
 out_dir = "runs/tiny"
 
 toy = "data/tiny"
-toy_clips = 1728
-toy_captioned = 1440
+toy_clips = 6912  # of fewer, the places of shapes are learned by heart
+toy_captioned = 2880
 toy_level = 2
 encoded = "data/tiny-encoded"
 frames = 16
@@ -39,11 +39,11 @@ guidance = 1.5
 eta = 1.0
 
 optimizer = "muon"  # what words mean is a small part of a gradient
-max_steps = 16_000
+max_steps = 20_000
 batch_size = 8
 lr = 1.2e-3
 warmup = 100
-cooldown = 5000
+cooldown = 6000
 clip = 0.3
 betas = (0.9, 0.99)
 weight_decay = 0.01

@@ -8,8 +8,8 @@ model = "tiny"
 out_dir = "runs/tiny_vae"
 
 toy = "data/tiny"
-toy_clips = 1728
-toy_captioned = 1440
+toy_clips = 6912
+toy_captioned = 2880
 toy_level = 2
 width = 64
 height = 64
