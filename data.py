@@ -15,7 +15,7 @@ clips/ knows how a file becomes a sample. Here stands which sample comes when (`
 """
 
 import functools
-import multiprocessing
+import os
 import signal
 from dataclasses import dataclass
 
@@ -171,8 +171,9 @@ def batches(stream: Stream, first: int, last: int, workers: int, limit=300):
     if not workers:
         yield from map(stream.batch, range(first, last))
         return
+    # spawned, not forked from this process, where locks of libraries may stay locked in a child
     loader = DataLoader(stream, batch_size=None, sampler=range(first, last), num_workers=workers, prefetch_factor=4,
-                        timeout=limit, multiprocessing_context=start_method(), worker_init_fn=ignore_interrupts)
+                        timeout=limit, multiprocessing_context="spawn", worker_init_fn=stand_apart)
     try:
         for batch in loader:
             if isinstance(batch, ValueError):
@@ -186,14 +187,12 @@ def batches(stream: Stream, first: int, last: int, workers: int, limit=300):
         raise
 
 
-def start_method() -> str:
-    """How workers start: not forked from this process, where locks of libraries may stay locked in a child."""
-    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-
-
-def ignore_interrupts(worker: int):
-    """Leave Ctrl-C, which reaches all processes, to the one that trains: it needs its workers to finish its step."""
+def stand_apart(worker: int):
+    """Leave signals to the one that trains, which needs its workers to finish its step: a terminal's Ctrl-C and
+    torchrun's SIGTERM go to all processes of a group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class Faults:

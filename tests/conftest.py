@@ -10,7 +10,7 @@ if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # `-m gpu
 import pytest
 import torch
 from references import FAMILIES, reference, save_reference
-from runs import ONE_THREAD, ROOT, by_two, copied, finished, here, made_once, processes, warm
+from runs import ONE_THREAD, ROOT, by_two, copied, finished, here, made_once, processes
 
 import sd
 from clips.encode import encode
@@ -18,7 +18,7 @@ from clips.samples import Spec
 from lab import toy
 from sd.presets import PRESETS
 
-__all__ = ["ONE_THREAD", "ROOT", "by_two", "copied", "finished", "processes", "warm"]  # of runs.py, for all tests
+__all__ = ["ONE_THREAD", "ROOT", "by_two", "copied", "finished", "processes"]  # of runs.py, for all tests
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's `pytest &`: what tests start would, too
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -274,12 +274,6 @@ def by_two(world, tmp_path_factory):
     return made_once(tmp_path_factory, "by-two", make)
 
 
-@pytest.fixture(scope="session")
-def warm():
-    """For tests in which what they test starts processes: those, too, come from a fork server with all imports done."""
-    warm_up()
-
-
 @pytest.fixture
 def copied(finished, tmp_path):
     """A copy of the finished run's folder, to go on from."""

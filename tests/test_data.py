@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import SPEC
 from footage import damaged, odd_files, write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import LIMIT, ROOT
 
 import sd
 from clips.encode import encode
@@ -89,7 +92,7 @@ def test_a_batch_is_a_function_of_its_number(encoded):
 
 
 @pytest.mark.parametrize("kind", ["encoded", "live"])
-def test_workers_change_nothing(warm, encoded, lists, micro, kind):
+def test_workers_change_nothing(encoded, lists, micro, kind):
     """Batches read ahead by processes, from the middle of an epoch, are the same in the same order."""
     s = stream(EncodedClips(encoded) if kind == "encoded" else LiveClips(lists, SPEC))
     vae = sd.load(micro).vae
@@ -223,3 +226,30 @@ def test_a_worker_that_hangs_is_an_error(lists):
     s = Hanging(LiveClips({"caption": lists["caption"]}, SPEC), {"caption": 1}, 4)
     with pytest.raises(ValueError, match="no batch within 1 s"):
         list(batches(s, 0, 3, workers=1, limit=1))
+
+
+SIGNALLED = """
+import os, signal, time
+from data import batches
+
+class Slow:
+    def __getitem__(self, n):
+        time.sleep(0.1)
+        return n
+
+if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGINT"):
+        signal.signal(getattr(signal, name), lambda *_: None)
+        for n in batches(Slow(), 0, 12, workers=2):
+            if n == 1:  # both have begun
+                os.killpg(0, getattr(signal, name))
+        print(name, n)
+"""
+
+
+def test_workers_outlive_a_signal_to_all_processes(tmp_path):
+    """As Ctrl-C is one, and the SIGTERM of torchrun: the one that trains still has to finish its step."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    done = subprocess.run([sys.executable, tmp_path / "signalled.py"], text=True, capture_output=True, timeout=LIMIT,
+                          start_new_session=True, env=os.environ | {"PYTHONPATH": ROOT})
+    assert done.stdout == "SIGTERM 11\nSIGINT 11\n", done.stderr

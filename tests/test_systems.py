@@ -11,7 +11,7 @@ from test_layout import NAMES, PRODUCT
 MODULES = {"fcntl", "resource", "termios", "tty", "pty", "grp", "pwd", "syslog", "msvcrt", "winreg"}
 NAMES_OF_SOME = {  # module -> what it has on some systems only
     "os": {"fork", "sysconf", "getuid", "geteuid", "uname", "killpg", "setsid", "sched_getaffinity", "mkfifo", "fchmod",
-           "getloadavg", "statvfs", "nice", "sync", "O_NONBLOCK", "O_NOFOLLOW", "chown", "posix_spawn"},
+           "getloadavg", "setpgrp", "statvfs", "nice", "sync", "O_NONBLOCK", "O_NOFOLLOW", "chown", "posix_spawn"},
     "signal": {"SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGCHLD", "setitimer", "alarm"},
 }
 WINDOWS = """

@@ -379,7 +379,7 @@ def test_three_hundred_losses_of_two_ranks_are_the_committed_ones(world, finishe
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float16", 1e-3)])
-def test_losses_are_the_same_live_and_encoded_ahead(run, warm, world, micro, tmp_path, dtype, bound):
+def test_losses_are_the_same_live_and_encoded_ahead(run, world, micro, tmp_path, dtype, bound):
     """With VAE, text tower and decoder, and with none of them; the live ones read ahead by workers."""
     options = [f"--init={micro}", f"--vae={micro}", "--train_text=False", "--max_steps=8", "--prompts=()", "--starts=3"]
     lists = [f"--video={world}/videos.csv", f"--label={world}/labels", f"--caption={world}/images.jsonl"]

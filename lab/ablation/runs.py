@@ -25,7 +25,7 @@ from torch import nn
 import sd
 from cli import ROOT
 from clips.samples import CAPTION_FPS
-from data import generator, start_method
+from data import generator
 from embed import mixed_embedding
 from grid import fold
 from lab import toy
@@ -250,8 +250,7 @@ def ablate(study: str, results: str):
     cfg, recipe = prepare_runs(study), recipe_of("run", study)  # now: later the files may be others
     workers = torch.get_num_threads()
     print(f"runs: {len(todo)}, {workers} at a time; what they say goes to {cfg.out_dir}/*/log", flush=True)
-    context = get_context(start_method())  # a fork of this process could neither use a GPU nor all of torch
-    context.set_forkserver_preload([__name__])  # where there is no such server, nothing reads it
+    context = get_context("spawn")  # a fork of this process could neither use a GPU nor all of torch
     with (Ranks(cfg.timeout) as ranks, claimed(cfg, ranks),
           ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool):
         try:

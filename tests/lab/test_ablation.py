@@ -89,7 +89,7 @@ log_every = 1
 
 
 @pytest.fixture(scope="module")
-def prepared(warm, world, micro, tmp_path_factory):
+def prepared(world, micro, tmp_path_factory):
     """A folder with the configs of a small ablation, and what all its runs share."""
     folder, before = tmp_path_factory.mktemp("ablation"), micro
     for name, frames, mix in (("image", 1, {"caption": 1}), ("run", 2, {"video": 2, "label": 1, "caption": 1})):

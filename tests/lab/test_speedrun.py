@@ -12,7 +12,6 @@ from lab.ablation.runs import shares
 from lab.evals.toy import grade_prompts
 
 
-@pytest.mark.usefixtures("warm")
 def test_a_run_is_graded_while_the_clock_stands_still(processes, world, tmp_path):
     """And a stopped one goes on: each grade once, the last that of the model which the run leaves."""
     options = [f"{ROOT}/configs/ci.py", *ci_options(world, tmp_path), "--max_steps=4", "--sheet_every=2",
