@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 from tqdm import tqdm
 
@@ -320,7 +319,8 @@ def write_mp4(path: str, frames):
         # a key frame every half second keeps seeking cheap; one thread, since as many files as cores are in the making
         stream = file.add_stream("libx264", rate=CLIP_FPS, options={"crf": "12", "preset": "veryfast", "g": "30"})
         stream.width, stream.height, stream.pix_fmt, stream.codec_context.thread_count = width, height, "yuv420p", 1
-        convert = VideoReformatter().reformat  # here: left to `encode`, one file in some hundreds got other bytes
         for frame in frames:
-            file.mux(stream.encode(convert(av.VideoFrame.from_ndarray(frame), format="yuv420p")))
+            # converted here, each with a scaler of its own: with one for all, `encode`'s or ours, x264 wrote other
+            # bytes for one file in some hundreds
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame).reformat(format="yuv420p")))
         file.mux(stream.encode(None))
