@@ -190,9 +190,10 @@ def batches(stream: Stream, first: int, last: int, workers: int, limit=300):
 def stand_apart(worker: int):
     """Leave signals to the one that trains, which needs its workers to finish its step: a terminal's Ctrl-C and
     torchrun's SIGTERM go to all processes of a group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    else:  # Windows, where Ctrl-C alone does so
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Faults:
