@@ -39,7 +39,7 @@ guidance = 1.5
 eta = 1.0
 
 optimizer = "muon"  # what words mean is a small part of a gradient
-max_steps = 20_000
+max_steps = 30_000
 batch_size = 8
 lr = 1.2e-3
 warmup = 100
@@ -55,6 +55,8 @@ schedule = {
     2500: {"fps_values": (4,), "mix": {"video": 1}, "given_share": 0.0, "timestep_shift": 2.2, "timestep_width": 0.45},
     4000: {"fps_values": (4,), "mix": {"video": 1}, "given_share": 0.0, "timestep_shift": 4.0, "timestep_width": 0.5},
     8000: {"fps_values": (4, 8, 15), "mix": {"video": 1}, "given_share": 0.25},
+    14_000: {},
+    24_000: {"timestep_shift": 5.5, "timestep_width": 0.5},  # where a shape is: at 875 furthest from what could be known
 }
 
 log_every = 50
