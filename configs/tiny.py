@@ -14,7 +14,7 @@ train_text = True
 out_dir = "runs/tiny"
 
 toy = "data/tiny"
-toy_clips = 6912  # of fewer, the places of shapes are learned by heart
+toy_clips = 6912  # of fewer, pairs are drawn where one shape was asked for
 toy_captioned = 2880
 toy_level = 2
 encoded = "data/tiny-encoded"
@@ -56,7 +56,7 @@ schedule = {
     4000: {"fps_values": (4,), "mix": {"video": 1}, "given_share": 0.0, "timestep_shift": 4.0, "timestep_width": 0.5},
     8000: {"fps_values": (4, 8, 15), "mix": {"video": 1}, "given_share": 0.25},
     14_000: {},
-    24_000: {"timestep_shift": 5.5, "timestep_width": 0.5},  # where a shape is: at 875 furthest from what could be known
+    24_000: {"timestep_shift": 5.5, "timestep_width": 0.5},  # there a place is settled: lab.evals.ideal
 }
 
 log_every = 50

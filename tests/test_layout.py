@@ -30,9 +30,9 @@ ROOT_BUDGET, FILE_BUDGET = 1600, 400  # lines
 # lines that are neither blank nor a docstring: 6,000 for the paper's system and how it is measured; what came after it,
 # inputs of any kind (1,100), other ways to see time with the weights that exist for them (500), given frames, long
 # videos and fast sampling with what grades them (500), the page, galleries, LoRA, shared prompts, animated pictures and
-# the text tower (900), tars, encoding on all ranks and the plan for millions (750), and a second toy level, schedules
-# and the speedrun (400), stands on top
-CODE_BUDGET = 10_150
+# the text tower (900), tars, encoding on all ranks and the plan for millions (750), a second toy level, schedules
+# and the speedrun (400), and the best loss there can be (50), stands on top
+CODE_BUDGET = 10_200
 
 
 def floor(name: str) -> int:

@@ -17,6 +17,7 @@ from lab.toy.world import (
     COLORS,
     DIRECTIONS,
     EXTENT,
+    MARGIN,
     SECONDS,
     SHAPES,
     SIZE,
@@ -36,6 +37,6 @@ from lab.toy.world import (
     true_render,
 )
 
-__all__ = ["BACKGROUNDS", "COLORS", "DIRECTIONS", "EXTENT", "SECONDS", "SHAPES", "SIZE", "SPEED", "Grade", "caption",
-           "coverage", "describe", "draw", "draw_scene", "expected", "grade", "grade_pair", "pairs", "render",
-           "scenes", "things", "trajectory", "triples", "true_render"]
+__all__ = ["BACKGROUNDS", "COLORS", "DIRECTIONS", "EXTENT", "MARGIN", "SECONDS", "SHAPES", "SIZE", "SPEED", "Grade",
+           "caption", "coverage", "describe", "draw", "draw_scene", "expected", "grade", "grade_pair", "pairs",
+           "render", "scenes", "things", "trajectory", "triples", "true_render"]
