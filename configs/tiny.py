@@ -55,7 +55,7 @@ schedule = {
     2500: {"fps_values": (4,), "mix": {"video": 1}, "given_share": 0.0, "timestep_shift": 2.2, "timestep_width": 0.45},
     4000: {"fps_values": (4,), "mix": {"video": 1}, "given_share": 0.0, "timestep_shift": 4.0, "timestep_width": 0.5},
     8000: {"fps_values": (4, 8, 15), "mix": {"video": 1}, "given_share": 0.25},
-    14_000: {},
+    14_000: {},  # all of the above, as again at the end
     24_000: {"timestep_shift": 5.5, "timestep_width": 0.5},  # there a place is settled: lab.evals.ideal
 }
 
