@@ -7,9 +7,9 @@ equally likely, with latents x_k. What is known of x_0 from x_t is then, by Baye
 
     E[x_0 | x_t] = Σ w_k x_k,    w = softmax(-|x_t - sqrt(ᾱ) x_k|² / 2 (1 - ᾱ))
 
-and no prediction has a smaller mean squared error. Where a model's loss is well above that, it does not gather all that
-the frames together say of the place. Where noise hides less than the step from one place to the next, the best loss is
-too small to be true.
+and no prediction has a smaller mean squared error. The same with 1, 2, 4 ... neighbouring frames of x_t alone says how
+much frames help each other: a model whose loss is that of the best one on four frames makes of sixteen what four say.
+Where noise hides less than the step from one place to the next, the best loss is too small to be true.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ import torch
 
 import sd
 from cli import option, parse, run
-from grid import fold, grid_shape
+from grid import fold, grid_shape, unfold
 from lab import toy
 from lab.ablation.report import heading, line
 from lab.bench import timing
 from sample import SHIPPED, NoiseSchedule, Request
 from sd.vae import encode
 
-TIMESTEPS = 600, 700, 800, 850, 875, 900, 925, 950, 980
+TIMESTEPS = 600, 700, 750, 800, 850, 900, 950, 980
 
 
 def places(direction: str, times, apart: float):
@@ -58,9 +58,16 @@ def best_x0(x, signal: float, noise: float, known):
     return torch.einsum("bn,n...->b...", (far / (-2 * noise**2)).softmax(1), known)
 
 
+def numbers_of_frames(frames: int) -> list[int]:
+    """How many are looked at together: 1, 2, 4 ... and all."""
+    return [2**n for n in range((frames - 1).bit_length())] + [frames]
+
+
 @torch.no_grad()
-def losses(model: sd.Model, scene, frames: int, fps: float, videos: int, apart: float) -> list[tuple[float, float]]:
-    """(best, model's) mean squared error at each of TIMESTEPS, for videos of a scene in random places."""
+def losses(model: sd.Model, scene, frames: int, fps: float, videos: int, apart: float) -> list[list[float]]:
+    """Mean squared errors at each of TIMESTEPS, for videos of a scene in random places: the best that there can be from
+    each of `numbers_of_frames`, and the model's."""
+    grid = grid_shape(frames)
     schedule, known = NoiseSchedule(model.settings), all_clips(model, scene, frames, fps, apart)
     context = model.text.encode([toy.describe(scene)] * videos)
     random, found = torch.Generator().manual_seed(0), []
@@ -69,11 +76,19 @@ def losses(model: sd.Model, scene, frames: int, fps: float, videos: int, apart: 
         eps, t = torch.randn(x0.shape, generator=random).to(x0), torch.full((videos,), timestep, device=x0.device)
         x, target = schedule.add_noise(x0, eps, t), schedule.target(x0, eps, t)
         signal, noise = (part.flatten()[0].item() for part in schedule.signal_and_noise(t, x))
-        guess = best_x0(x, signal, noise, known)
-        best = schedule.target(guess, (x - signal * guess) / noise, t)
-        mine = model.unet(x, t, context, torch.full((videos,), fps).to(x), grid_shape(frames)).float()
-        found.append(tuple((output - target).square().mean().item() for output in (best, mine)))
+        outputs = [model.unet(x, t, context, torch.full((videos,), fps).to(x), grid).float()]
+        for number in reversed(numbers_of_frames(frames)):
+            parts = [unfold(each, *grid).split(number, dim=1) for each in (x, known)]
+            guess = fold(torch.cat([best_x0(seen, signal, noise, its) for seen, its in zip(*parts)], dim=1), *grid)
+            outputs.insert(0, schedule.target(guess, (x - signal * guess) / noise, t))
+        found.append([(output - target).square().mean().item() for output in outputs])
     return found
+
+
+def frames_worth(best: list[float], loss: float, numbers: list[int]) -> float:
+    """From how many frames the best there can be has that loss, between two of `numbers` by their logarithms; the least
+    of them where the loss is larger."""
+    return float(np.exp2(np.interp(-loss, -np.array(best), np.log2(numbers))))
 
 
 @dataclass
@@ -92,9 +107,11 @@ def main():
     frames, scenes = Request("any").resolve(model).frames, toy.scenes("test")
     seen = [losses(model, scene, frames, o.fps, o.videos, o.apart)
             for scene in scenes[:: len(scenes) // o.scenes][: o.scenes]]
-    print(*heading("timestep", ["best", "model"]), sep="\n")
-    for timestep, (best, mine) in zip(TIMESTEPS, np.mean(seen, axis=0)):
-        print(line(f"{timestep}", [f"{best:.4f}", f"{mine:.4f}"]))
+    numbers = numbers_of_frames(frames)
+    print(*heading("timestep", [f"best of {n}" for n in numbers] + ["model", "frames' worth"]), sep="\n")
+    for timestep, (*best, mine) in zip(TIMESTEPS, np.mean(seen, axis=0)):
+        worth = frames_worth(best, mine, numbers)
+        print(line(f"{timestep}", [f"{loss:.4f}" for loss in (*best, mine)] + [f"{worth:.1f}"]))
 
 
 if __name__ == "__main__":

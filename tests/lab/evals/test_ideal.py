@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import sd
-from grid import fold
+from grid import fold, unfold
 from lab import toy
 from lab.evals import ideal
-from sample import SHIPPED
+from sample import SHIPPED, NoiseSchedule
 from sd.vae import encode
 
 
@@ -59,11 +59,40 @@ def test_all_clips_are_those_of_the_places():
         assert torch.allclose(clips[n], fold(mean[None], 4, 4)[0], atol=1e-3)
 
 
-def test_no_model_is_better():
-    """Not on average over many noises: where little is left to know both are far apart."""
+def test_no_model_is_better_and_frames_help_each_other():
+    """Not on average over many noises: where little is left to know all are near."""
     model = sd.load(SHIPPED)
     seen = ideal.losses(model, toy.scenes("test")[0], 16, 4.0, 16, 10.0)
-    assert all(best < mine for best, mine in seen) and seen[0][0] < 0.01
+    assert all(best[-1] < mine for *best, mine in seen) and seen[0][-2] < 0.01
+    assert all(few > more for *best, _ in seen[2:5] for few, more in zip(best, best[1:]))
+
+
+def test_frames_by_themselves(monkeypatch):
+    """The best of one frame is that of sixteen clips of one frame each."""
+    known, seen, model = torch.randn(6, 4, 8, 12), [], sd.load(SHIPPED)
+    monkeypatch.setattr(ideal, "all_clips", lambda *_: known)
+    monkeypatch.setattr(ideal, "TIMESTEPS", (500,))
+    true = ideal.best_x0
+
+    def noted(x, *others):
+        seen.append((x, true(x, *others)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(ideal, "best_x0", noted)
+    ((*best, _),) = ideal.losses(model, toy.scenes("test")[0], 6, 4.0, 2, 1.0)
+    assert len(best) == 4 and [x.shape[1] for x, _ in seen] == [6, 4, 2, 2, 2, 2] + [1] * 6
+    signal, noise = (part.item() for part in NoiseSchedule(model.settings).signal_and_noise(torch.tensor([500]), known))
+    frames = unfold(known, 2, 3)
+    for t, (x, guess) in enumerate(seen[-6:]):
+        assert torch.allclose(guess[:, 0], true(x[:, 0], signal, noise, frames[:, t]), atol=1e-5)
+
+
+def test_worth_in_frames():
+    best, numbers = [0.5, 0.4, 0.2, 0.1], [1, 2, 4, 6]
+    for loss, worth in ((0.5, 1), (0.4, 2), (0.1, 6), (0.3, 8**0.5), (0.15, 24**0.5), (0.7, 1), (0.05, 6)):
+        assert ideal.frames_worth(best, loss, numbers) == pytest.approx(worth)
+    for frames, expected in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])):
+        assert ideal.numbers_of_frames(frames) == expected
 
 
 def test_the_command(run):
