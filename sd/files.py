@@ -5,6 +5,7 @@ import re
 import stat
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def open_weights(path: str) -> Opened:
         if start[8:9] == b"{":
             file = safe_open(path, framework="pt")
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            return Opened(file.get_tensor, shapes, file.metadata() or {})
+            return Opened(partial(stored_tensor, path, file), shapes, file.metadata() or {})
     except (SafetensorError, RuntimeError) as error:
         raise damaged(path, error) from error
     except OSError as error:
@@ -70,6 +71,14 @@ def open_weights(path: str) -> Opened:
         return Opened(tensors.__getitem__, {name: tuple(t.shape) for name, t in tensors.items()}, {}, mapped)
     raise ValueError(f"{path} is neither a safetensors file nor a PyTorch checkpoint (.ckpt): it "
                      + (what_else(path, start) if regular else "is a pipe, a device or a folder"))
+
+
+def stored_tensor(path: str, file, name: str) -> torch.Tensor:
+    """A tensor of an open safetensors file. Raises ValueError on numbers that torch has no type for, of 6 bits say."""
+    try:
+        return file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {name} cannot be read: {one_line(error)}") from error
 
 
 def damaged(path: str, error: Exception) -> ValueError:

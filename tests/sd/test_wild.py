@@ -331,6 +331,20 @@ def test_eight_bits_are_used_as_they_are(tensors, tmp_path, capsys):
     assert capsys.readouterr().err.count("8-bit") == 1
 
 
+@pytest.mark.parametrize("kind, bits, told", [
+    ("F4", 4, "cannot be read"), ("F6_E2M3", 6, "cannot be read"), ("F8_E8M0", 8, "quantised")])
+def test_types_that_are_no_weights(tensors, tmp_path, kind, bits, told):
+    """Bytes under a header that takes them for numbers of other widths."""
+    save_file(tensors | {NEEDED: torch.zeros(32 * 36 * bits // 8, dtype=torch.uint8)}, tmp_path / "a")
+    content = (tmp_path / "a").read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    header[NEEDED] |= {"dtype": kind, "shape": [32, 4, 3, 3]}
+    text = json.dumps(header).encode()
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+    refused(tmp_path / "a", told)
+
+
 class Callback:
     pass
 
