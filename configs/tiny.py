@@ -57,7 +57,7 @@ schedule = {
     8000: {"fps_values": (4, 8, 15), "mix": {"video": 1}, "given_share": 0.25},
     14_000: {},  # all of the above, as again at the end
     24_000: {"timestep_shift": 5.5, "timestep_width": 0.5},  # there a place is settled: lab.evals.ideal
-    38_000: {"timestep_shift": 4.0, "timestep_width": 0.5},  # and there kept
+    38_000: {"timestep_shift": 4.0, "timestep_width": 0.5},  # and here it must be kept
 }
 
 log_every = 50

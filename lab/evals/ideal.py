@@ -76,11 +76,12 @@ def losses(model: sd.Model, scene, frames: int, fps: float, videos: int, apart: 
         eps, t = torch.randn(x0.shape, generator=random).to(x0), torch.full((videos,), timestep, device=x0.device)
         x, target = schedule.add_noise(x0, eps, t), schedule.target(x0, eps, t)
         signal, noise = (part.flatten()[0].item() for part in schedule.signal_and_noise(t, x))
-        outputs = [model.unet(x, t, context, torch.full((videos,), fps).to(x), grid).float()]
-        for number in reversed(numbers_of_frames(frames)):
-            parts = [unfold(each, *grid).split(number, dim=1) for each in (x, known)]
-            guess = fold(torch.cat([best_x0(seen, signal, noise, its) for seen, its in zip(*parts)], dim=1), *grid)
-            outputs.insert(0, schedule.target(guess, (x - signal * guess) / noise, t))
+        outputs = []
+        for number in numbers_of_frames(frames):
+            parts = zip(*(unfold(each, *grid).split(number, dim=1) for each in (x, known)))
+            guess = fold(torch.cat([best_x0(seen, signal, noise, its) for seen, its in parts], dim=1), *grid)
+            outputs.append(schedule.target(guess, (x - signal * guess) / noise, t))
+        outputs.append(model.unet(x, t, context, torch.full((videos,), fps).to(x), grid).float())
         found.append([(output - target).square().mean().item() for output in outputs])
     return found
 

@@ -331,10 +331,9 @@ def test_eight_bits_are_used_as_they_are(tensors, tmp_path, capsys):
     assert capsys.readouterr().err.count("8-bit") == 1
 
 
-@pytest.mark.parametrize("kind, bits, told", [
-    ("F4", 4, "cannot be read"), ("F6_E2M3", 6, "cannot be read"), ("F8_E8M0", 8, "quantised")])
-def test_types_that_are_no_weights(tensors, tmp_path, kind, bits, told):
-    """Bytes under a header that takes them for numbers of other widths."""
+@pytest.mark.parametrize("kind, bits", [("F4", 4), ("F6_E2M3", 6), ("F8_E8M0", 8)])
+def test_types_that_are_no_weights(tensors, tmp_path, kind, bits):
+    """Bytes under a header that takes them for numbers of other widths; which of them torch can read depends on it."""
     save_file(tensors | {NEEDED: torch.zeros(32 * 36 * bits // 8, dtype=torch.uint8)}, tmp_path / "a")
     content = (tmp_path / "a").read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
@@ -342,7 +341,7 @@ def test_types_that_are_no_weights(tensors, tmp_path, kind, bits, told):
     header[NEEDED] |= {"dtype": kind, "shape": [32, 4, 3, 3]}
     text = json.dumps(header).encode()
     (tmp_path / "a").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
-    refused(tmp_path / "a", told)
+    refused(tmp_path / "a", f"{NEEDED} cannot be read|quantised")
 
 
 class Callback:

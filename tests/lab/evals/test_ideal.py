@@ -68,7 +68,7 @@ def test_no_model_is_better_and_frames_help_each_other():
 
 
 def test_frames_by_themselves(monkeypatch):
-    """The best of one frame is that of sixteen clips of one frame each."""
+    """The best of one frame is that of a clip of this frame alone."""
     known, seen, model = torch.randn(6, 4, 8, 12), [], sd.load(SHIPPED)
     monkeypatch.setattr(ideal, "all_clips", lambda *_: known)
     monkeypatch.setattr(ideal, "TIMESTEPS", (500,))
@@ -80,10 +80,10 @@ def test_frames_by_themselves(monkeypatch):
 
     monkeypatch.setattr(ideal, "best_x0", noted)
     ((*best, _),) = ideal.losses(model, toy.scenes("test")[0], 6, 4.0, 2, 1.0)
-    assert len(best) == 4 and [x.shape[1] for x, _ in seen] == [6, 4, 2, 2, 2, 2] + [1] * 6
+    assert len(best) == 4 and [x.shape[1] for x, _ in seen] == [1] * 6 + [2, 2, 2, 4, 2, 6]
     signal, noise = (part.item() for part in NoiseSchedule(model.settings).signal_and_noise(torch.tensor([500]), known))
     frames = unfold(known, 2, 3)
-    for t, (x, guess) in enumerate(seen[-6:]):
+    for t, (x, guess) in enumerate(seen[:6]):
         assert torch.allclose(guess[:, 0], true(x[:, 0], signal, noise, frames[:, t]), atol=1e-5)
 
 
