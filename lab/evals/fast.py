@@ -38,7 +38,8 @@ from training.account import count_flop
 
 GRADED = (*ANSWERS, "wrong cuts")
 SOLVERS = ("ddim", "dpm++", "dpm++sde")
-ALWAYS, EARLY, MIDDLE, NEVER = [0, 999], [400, 999], [100, 800], [0, 0]  # guidance; no sampler here visits timestep 0
+LOSS = 0.02  # of the videos: what a cheaper setting may lose
+ALWAYS, EARLY, MIDDLE, NEVER = [0, 999], [600, 999], [100, 800], [0, 0]  # guidance; no sampler here visits timestep 0
 EXACT = {"sampler": "ddim", "eta": 0.0, "steps": 200, "guidance_interval": (0, 999)}  # the ODE, latents' reference
 
 
@@ -50,12 +51,13 @@ def setting(sampler: str, steps: int, guidance_interval=ALWAYS, reuse=1) -> dict
 
 SETTINGS = [
     setting("ddim", 50),  # the reference of all that is graded
-    *(setting(sampler, steps) for sampler in SOLVERS for steps in (5, 8, 10, 15, 20)),
-    *(setting("dpm++", steps, interval) for steps in (10, 20) for interval in (EARLY, MIDDLE, NEVER)),
-    *(setting("dpm++", steps, interval) for steps in (5, 6, 8) for interval in (MIDDLE, NEVER)),
-    *(setting("dpm++sde", 10, interval) for interval in (EARLY, MIDDLE, NEVER)),
-    *(setting(sampler, 20, reuse=n) for sampler in SOLVERS for n in (2, 3)),
-    setting("dpm++", 20, MIDDLE, 2), setting("dpm++", 10, NEVER, 2),
+    setting("ddim", 10),
+    *(setting(sampler, steps, interval) for sampler in ("dpm++", "dpm++sde") for steps in (5, 8, 10)
+      for interval in (ALWAYS, EARLY, NEVER)),
+    *(setting("dpm++", steps, NEVER) for steps in (4, 6)),
+    *(setting(sampler, 20) for sampler in ("dpm++", "dpm++sde")),
+    setting("dpm++", 20, MIDDLE),  # FAST
+    setting("dpm++", 20, reuse=2), setting("dpm++", 10, NEVER, 2),
 ]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,11 +142,13 @@ def graded(level: int) -> tuple[str, ...]:
 
 def cheapest(lines: list[dict]) -> dict:
     """The line of fewest forward-equivalents that is not worse than the first in any graded column: the intervals
-    overlap, or its own is the better one. Of several as cheap it is that of the highest PSNR."""
+    overlap, or its own is the better one, and no answer is right more than LOSS less often. Of several as cheap it is
+    that of the highest PSNR."""
     first = lines[0]
     wrong = [name for name in ("wrong cuts", "mixed up") if name in first]
     good = [one for one in lines if all(one[name]["low"] <= first[name]["high"] for name in wrong)
-            and all(one[name]["high"] >= first[name]["low"] for name in ANSWERS)]
+            and all(one[name]["high"] >= first[name]["low"] and one[name]["share"] >= first[name]["share"] - LOSS
+                    for name in ANSWERS)]
     return min(good, key=lambda one: (one["forwards"], -one["psnr"]))
 
 
@@ -277,7 +281,7 @@ def main():
         exact = [x0 for *_, x0 in sampled(model, Request("any", **EXACT), "val", 1, "reference", o.level)]
     lines = [line_of(chosen, "val") for chosen in SETTINGS]
     best, seconds = cheapest(lines), seconds_a_video(model, SETTINGS, device)
-    print(f"{about}\n\n{table(lines, seconds)}\n\ncheapest that is as good as {name_of(SETTINGS[0])} by intervals, on "
+    print(f"{about}\n\n{table(lines, seconds)}\n\ncheapest that is as good as {name_of(SETTINGS[0])}, on "
           f"held-out prompts:\n\n{table([line_of(best['setting'], 'test')], seconds)}")
     draw_figure(lines, best, o.figure)
     print(o.figure)

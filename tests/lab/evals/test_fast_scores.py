@@ -169,7 +169,8 @@ def test_the_cheapest_that_is_not_worse():
     first = a_line(100)
     assert fast.cheapest([first]) is first
     assert fast.cheapest([first, a_line(10, shape=60), a_line(9, cuts=20), a_line(8, direction=0)]) is first
-    near, better, cheap = a_line(20, shape=82), a_line(15, color=96), a_line(10, background=70)
+    near, better, cheap = a_line(20, shape=89), a_line(15, color=96), a_line(10, background=70)
+    assert fast.cheapest([first, a_line(10, shape=87)]) is first  # the intervals overlap, but it loses three points
     assert fast.cheapest([first, near, cheap]) is near
     assert fast.cheapest([first, near, better, cheap]) is better
     low = a_line(50, shape=50)
