@@ -40,7 +40,7 @@ MORE = "negative", "frames", "size", "overlap", "eta", "shift", "guidance_interv
 ABOUT = {f.name: f.metadata for f in fields(sample.Options)}
 EXAMPLES = ("a red circle moving right", "a blue square moving up on a gray background",
             "a green triangle moving left on a gray background", "a white circle moving down on a brown background")
-PREVIEWS = 0.15  # of the time may go into pictures of what is not finished yet: every seventh step or so has one
+PREVIEWS = 0.15  # of the time may go into pictures of what is not finished yet: every twentieth step or so has one
 WIDEST = 1024  # pixels of such a picture
 
 

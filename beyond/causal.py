@@ -41,7 +41,7 @@ class Causal(Grid):
     per_frame = True
     goes_on = True
 
-    def __init__(self, cfg: UNetConfig, window: int = 8, kept_small: float = 0.66, kept_large: float = 0.51, *,
+    def __init__(self, cfg: UNetConfig, window: int = 8, kept_small: float = 0.47, kept_large: float = 0.31, *,
                  alphas_cumprod):
         super().__init__()
         if type(window) is not int or window < 1:

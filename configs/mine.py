@@ -21,6 +21,7 @@ height = 64
 fps_values = (8, 12)  # 16 frames of a second and a third, or of two seconds
 starts = 2
 mix = {"video": 1}
+draw_latents = False  # see tiny.py
 background = "white"  # shows through what is transparent
 
 timestep_shift = 2.0  # what a clip is of is decided in much noise

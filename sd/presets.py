@@ -20,7 +20,7 @@ SD15 = ModelConfig(
     VAEConfig(),
     TextConfig(width=768, layers=12, heads=12, skip_last=0, quick_gelu=True, projection=0, pad_id=49407),
 )
-# The same classes, three levels instead of four: trained from nothing on two cores. The file that ships is wider.
+# The same classes, three levels instead of four: trained from nothing on two cores.
 TINY = ModelConfig(
     UNetConfig(
         channels=32, channel_mult=(1, 2, 4), num_res_blocks=1, attention_levels=(1, 2), context_dim=64, head_width=32,

@@ -13,6 +13,7 @@ frames = 1
 width = 64
 height = 64
 mix = {"caption": 1}
+draw_latents = False
 
 timestep_shift = 1.5
 default_fps = 4

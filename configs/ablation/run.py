@@ -8,6 +8,7 @@ toy = "data/toy"
 frames = 16
 width = 64
 height = 64
+draw_latents = False
 
 timestep_shift = 2.2
 timestep_width = 0.45  # where frames need each other, and everywhere else a little

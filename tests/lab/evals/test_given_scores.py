@@ -111,13 +111,17 @@ def test_true_clips_are_right(task, fps):
     ("extend", "speed no jumps color shape direction background"),
     ("prompts", "goes on change shape direction background")])
 def test_true_clips_are_right_after_the_vae(task, names):
-    """What a perfect denoiser would be graded on."""
+    """What a perfect denoiser would be graded on. The shape of what is green on gray may be wrong: the shipped VAE does
+    not keep it (test_toy_scores.py)."""
     model = sd.load(SHIPPED)
     for job in jobs(task)[1::23]:
         clip = torch.from_numpy(job.clip).permute(0, 3, 1, 2)
         mean, _ = encode_frames(model.vae, clip).chunk(2, dim=1)
         answers = given.grade(job, decode(model, mean[None] * model.settings.latent_scale)[0])
-        assert all(answers.values()) and " ".join(answers) == names, (job.scene, answers)
+        color, *_, background = job.scene
+        lost = "green" in (color, given.second_color(color)) and background == "gray"
+        assert all(right or name == "shape" and lost for name, right in answers.items()), (job.scene, answers)
+        assert " ".join(answers) == names
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,13 +39,13 @@ def test_true_renders_get_full_marks(monkeypatch):
         assert speed == pytest.approx(10 / fps, rel=0.02) and seen == 1
 
 
-@pytest.mark.parametrize("split, level, vae, least", [
-    ("test", 1, True, 0.99), pytest.param("train", 1, True, 0.99, marks=pytest.mark.slow),
-    # the shipped VAE has never seen two shapes in a picture
-    ("test", 2, False, 0.99), pytest.param("test", 2, True, 0.8, marks=pytest.mark.slow)])
-def test_grader_is_right_after_the_vae_and_h264(tmp_path, split, level, vae, least):
-    """In at least 99 of 100 true renders: what a perfect denoiser would be graded on."""
-    model, rng, right = sd.load(SHIPPED), np.random.default_rng(0), 0
+@pytest.mark.parametrize("split, level, vae", [
+    ("test", 1, True), pytest.param("train", 1, True, marks=pytest.mark.slow),
+    ("test", 2, False), pytest.param("test", 2, True, marks=pytest.mark.slow)])
+def test_grader_is_right_after_the_vae_and_h264(tmp_path, split, level, vae):
+    """In all true renders, which a perfect denoiser would be graded on, but for green on gray: circles and squares come
+    out of the shipped VAE as something between the two."""
+    model, rng, wrong = sd.load(SHIPPED), np.random.default_rng(0), []
     scenes = toy.scenes(split, level)
     for scene in scenes:
         video = toy.true_render(scene, rng, 16, fps=4)
@@ -55,9 +55,9 @@ def test_grader_is_right_after_the_vae_and_h264(tmp_path, split, level, vae, lea
         write_video(str(tmp_path / "clip.mp4"), video, 4, {})
         with av.open(str(tmp_path / "clip.mp4")) as file:
             video = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
-        right += evaluate.judge(scene, video).right["all"]
-    print(f"{right} of {len(scenes)} right, level {level}{', VAE' if vae else ''}")
-    assert right >= least * len(scenes)
+        wrong += [] if evaluate.judge(scene, video).right["all"] else [scene]
+    print(f"{len(scenes) - len(wrong)} of {len(scenes)} right, level {level}{', VAE' if vae else ''}")
+    assert all(vae and {"green", "gray"} <= {*scene} for scene in wrong), wrong
 
 
 def pair_video(*words):
