@@ -37,7 +37,8 @@ from sd.files import open_weights
 from training.account import count_flop
 
 GRADED = (*ANSWERS, "wrong cuts")
-SOLVERS = ("ddim", "dpm++", "dpm++sde")
+DPM = "dpm++", "dpm++sde"
+SOLVERS = "ddim", *DPM
 LOSS = 0.02  # of the videos: what a cheaper setting may lose
 ALWAYS, EARLY, MIDDLE, NEVER = [0, 999], [600, 999], [100, 800], [0, 0]  # guidance; no sampler here visits timestep 0
 EXACT = {"sampler": "ddim", "eta": 0.0, "steps": 200, "guidance_interval": (0, 999)}  # the ODE, latents' reference
@@ -52,10 +53,10 @@ def setting(sampler: str, steps: int, guidance_interval=ALWAYS, reuse=1) -> dict
 SETTINGS = [
     setting("ddim", 50),  # the reference of all that is graded
     setting("ddim", 10),
-    *(setting(sampler, steps, interval) for sampler in ("dpm++", "dpm++sde") for steps in (5, 8, 10)
-      for interval in (ALWAYS, EARLY, NEVER)),
+    *(setting(sampler, steps, interval)
+      for sampler in DPM for steps in (5, 8, 10) for interval in (ALWAYS, EARLY, NEVER)),
     *(setting("dpm++", steps, NEVER) for steps in (4, 6)),
-    *(setting(sampler, 20) for sampler in ("dpm++", "dpm++sde")),
+    *(setting(sampler, 20) for sampler in DPM),
     setting("dpm++", 20, MIDDLE),  # FAST
     setting("dpm++", 20, reuse=2), setting("dpm++", 10, NEVER, 2),
 ]

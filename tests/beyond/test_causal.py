@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sd
@@ -14,9 +15,11 @@ from beyond.causal import SIDES, Causal, Past, frame_numbers
 from beyond.temporal import attended_widths, hooked_widths
 from embed import timestep_embedding
 from grid import fold, unfold
+from lab import toy
 from model import Attention, Clip, SpatialTransformer, UNet
-from sample import NoiseSchedule, Request, denoise, generate
+from sample import SHIPPED, NoiseSchedule, Request, denoise, generate
 from sd.presets import MICRO, SD15, TINY
+from sd.vae import encode_frames
 
 ALPHAS = sd.Settings(prediction="v", zero_snr=True).alphas_cumprod
 
@@ -50,6 +53,16 @@ def close(a, b):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The formula
+
+
+def test_what_means_keep_is_that_of_the_shipped_latents():
+    """ρ of squares of 2 x 2 and 8 x 8, of latents of frames of one shape."""
+    model, rng = sd.load(SHIPPED), np.random.default_rng(0)
+    frames = np.concatenate([toy.true_render(scene, rng, 4, fps=4) for scene in toy.scenes("train")[::7]])
+    z = encode_frames(model.vae, torch.from_numpy(frames).permute(0, 3, 1, 2)).chunk(2, dim=1)[0]
+    z -= z.mean()
+    kept = [(F.avg_pool2d(z, side).square().mean() / z.square().mean()).item() for side in SIDES]
+    assert np.allclose(kept, Causal(model.unet.cfg, alphas_cumprod=ALPHAS).kept, atol=0.01)
 
 
 @pytest.mark.parametrize("height, width", [(3, 5), (9, 2), (1, 1)])
